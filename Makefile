@@ -8,8 +8,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 READY     := $(VENV)/.ready
 NOTEBOOKS := $(sort $(wildcard nbs/[0-9]*.ipynb nbs/index.ipynb))
-MODULES   := $(filter-out diffusion_book/_modidx.py,$(wildcard diffusion_book/*.py))
-SITE_FROM := $(NOTEBOOKS) $(wildcard _quarto.yml nbs/*.yml nbs/*.bib nbs/*.css nbs/*.svg nbs/images/* nbs/times.json tools/*.py tools/site/*)
+TRAINING  := $(patsubst %,diffusion_book/%,unet.py blocks.py training.py images.py objective.py schedules.py data/fashion_mnist.npz)
 MODEL     := out/first_model
 MINUTES   ?= 3
 PORT      ?= 8000
@@ -27,7 +26,7 @@ help:  ## this list
 # ------------------------------------------------------------------ the environment
 # The Python that makes .venv: PYTHON=... if you name one, else the first of these that is 3.11 or newer.
 $(BIN)/python:
-	@for p in $(PYTHON) python3.11 python3.12 python3.13 python3 python; do \
+	@for p in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
 	    if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found="$$p"; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
@@ -36,38 +35,39 @@ $(BIN)/python:
 	echo "== making $(VENV) with $$("$$found" --version)"; "$$found" -m venv $(VENV)
 
 $(READY): settings.ini setup.py constraints.txt | $(BIN)/python
-	@echo "== installing diffusion_book and what it needs, at the versions in constraints.txt"
-	@$(BIN)/python -m pip install --quiet --progress-bar off -e '.[dev]' -c constraints.txt </dev/null
+	@echo "== installing diffusion_book and what it needs, at the versions in constraints.txt (a minute or two)"
+	@$(BIN)/python -m pip install -qq --no-input --progress-bar off -e '.[dev]' -c constraints.txt </dev/null
 	@touch $@
 
 setup: $(READY)  ## make .venv and install everything
 
 # ------------------------------------------------------------------ the first command
-book: out/samples.png out/film.gif _docs/index.html  ## train a small model, draw images with it, build the site
-	@$(BIN)/python tools/book_pictures.py --closing
+book: out/samples.png out/film.gif  ## train a small model, draw images with it, build the site
+	@$(MAKE) site
+	@$(BIN)/python tools/book_pictures.py --model $(MODEL) --closing
 
-$(MODEL)/.trained: $(MODULES) diffusion_book/data/fashion_mnist.npz | $(READY)
-	@echo "== training a small U-Net on 10,000 images of garments, at most $(MINUTES) minutes (Ctrl-C keeps what is learned; make book goes on)"
-	@mkdir -p $(@D)
-	@$(BIN)/diffusion_book_train --data fashion --scale laptop --minutes $(MINUTES) --out $(MODEL) </dev/null
+# A run that was stopped goes on where it was; a finished one is made anew only when the code it came from has changed.
+$(MODEL)/.finished: $(TRAINING) | $(READY)
+	@if [ -e $@ ]; then rm -rf $(MODEL); fi; \
+	resume=""; if [ -e $(MODEL)/checkpoint.safetensors ]; then resume="--resume"; fi; \
+	echo "== training a small U-Net on 10,000 pictures of garments, at most $(MINUTES) minutes$${resume:+, from where it was stopped}"; \
+	$(BIN)/diffusion_book_train --data fashion --scale laptop --minutes $(MINUTES) --out $(MODEL) $$resume </dev/null || exit 1; \
+	$(BIN)/python -c 'import json, sys; sys.exit(not json.load(open("$(MODEL)/card.json"))["finished"])' \
+	    || { echo "Stopped. Nothing is lost: make book goes on from here."; exit 1; }
 	@touch $@
 
-out/samples.png: $(MODEL)/.trained tools/book_pictures.py | $(READY)
+out/samples.png: $(MODEL)/.finished tools/book_pictures.py $(wildcard diffusion_book/weights/fashion/*) | $(READY)
 	@echo "== drawing new images, with your model and with the one that ships"
 	@$(BIN)/python tools/book_pictures.py --model $(MODEL) </dev/null
 
-out/film.gif: out/samples.png   # the same command made both
+out/film.gif: out/samples.png   # the same command makes both
 	@test -e $@ || $(BIN)/python tools/book_pictures.py --model $(MODEL) </dev/null
 
 # ------------------------------------------------------------------ the site
-site: _docs/index.html  ## build the site into _docs/
+site: $(READY)  ## build the site into _docs/
+	@$(BIN)/python tools/build_site.py --strict --if-needed </dev/null
 
-_docs/index.html: $(SITE_FROM) | $(READY)
-	@echo "== building the site"
-	@$(BIN)/python tools/build_site.py </dev/null
-	@touch $@
-
-serve: _docs/index.html  ## show the site at http://localhost:8000 (PORT=... for another)
+serve: site  ## show the site at http://localhost:8000 (PORT=... for another)
 	@echo "The book: http://localhost:$(PORT)   (Ctrl-C to stop)"
 	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _docs
 
