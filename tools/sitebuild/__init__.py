@@ -1,0 +1,1 @@
+"The steps of `tools/build_site.py`: chapters -> numbered pages -> finished HTML -> checks."
