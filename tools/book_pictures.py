@@ -50,7 +50,7 @@ def draw(folder: Path, n: int = 64, steps: int = 100, seed: int = 0):
     real, _ = load_fashion("test")
     OUT.mkdir(exist_ok=True)
     titled_sheets({"by your model": mine[-1], "by the model that ships": ships[-1], "real": real[::len(real)//n][:n]}).save(OUT/"samples.png")
-    (OUT/"film.gif").write_bytes(film([side_by_side(a, b) for a, b in zip(mine[::2], ships[::2])]))
+    (OUT/"film.gif").write_bytes(film([side_by_side(a, b) for a, b in zip(mine[::4], ships[::4])]))
 
 def closing(folder: Path) -> str:
     "What was made, and how to look at it."
