@@ -101,9 +101,9 @@ def test_figures_tables_and_sections_are_numbered(finished):
     assert ": Table 1: Times {#tbl-t}" in cells[2]["outputs"][0]["data"]["text/markdown"]
 
 def test_citations_are_linked_and_listed(finished):
-    text, problems, cells = finished(md("As @ho2020denoising say [see @ho2020denoising, sec. 2; @sohl2015deep], and [-@gauss1809]. Claim [(claim 1) [@sohl2015deep]]{#claim-1}."))
+    text, problems, cells = finished(md("As @ho2020denoising say [see @ho2020denoising, sec. 2; @sohl2015deep], and [-@gauss1809]: claim [(claim 1) [@sohl2015deep]]{#claim-1}."))
     assert not problems
-    assert "As [Ho et al. (2020)](#ref-ho2020denoising) say (see [Ho et al. 2020](#ref-ho2020denoising), sec. 2; [Sohl-Dickstein and Weiss 2015](#ref-sohl2015deep)), and ([1809](#ref-gauss1809))" in text
+    assert "As [Ho et al. (2020)](#ref-ho2020denoising) say (see [Ho et al. 2020](#ref-ho2020denoising), sec. 2; [Sohl-Dickstein and Weiss 2015](#ref-sohl2015deep)), and ([1809](#ref-gauss1809)): claim" in text
     assert "[(claim 1) ([Sohl-Dickstein and Weiss 2015](#ref-sohl2015deep))]{#claim-1}" in text
     assert "## References" in cells[-1]["source"] and cells[-1]["source"].count("csl-entry") == 3
 
@@ -112,6 +112,15 @@ def test_citations_are_linked_and_listed(finished):
 def test_code_maths_and_addresses_are_left_alone(finished, kept):
     text, problems, _ = finished(md(f"Before {kept}\n") if not kept.startswith("```") else md(kept))
     assert kept in text and not problems
+
+def test_references_in_captions_are_linked(finished):
+    text, problems, _ = finished(figure("#| label: fig-a\n#| fig-cap: 'As in @eq-x and [@gauss1809], `@code`.'\n#| fig-alt: 'x'\n"), md("$$ a $$ {#eq-x}"))
+    assert not problems and "Figure 1: As in [Equation 1](#eq-x) and ([Gau\\u00df 1809](#ref-gauss1809)), `@code`." in text and "## References" in text
+
+def test_citations_in_docstrings_are_linked(finished):
+    entry = {"output_type": "display_data", "metadata": {}, "data": {"text/markdown": ["::: {.api-entry}\n", "As @gauss1809, `@code`.\n", ":::"]}}
+    cells = finished(code("show_doc(f)", entry))[2]
+    assert "As [Gauß (1809)](#ref-gauss1809), `@code`." in cells[0]["outputs"][0]["data"]["text/markdown"] and "## References" in cells[1]["source"]
 
 def test_pages_are_called_by_their_output_file(tmp_path, bib):
     for name, title in (("12_forward", "forward"), ("13_jump", "jump")):
@@ -175,6 +184,7 @@ BAD_PAGES = {
     "no alt": ('<img src="other.html">', "has no alt text"),
     "id twice": ('<p id="a"></p><p id="a"></p>', "the id a is used twice"),
     "label left": ("<p>$ {#eq-x}</p>", "left as text: {#eq-x}"),
+    "citation left": ("<p>as said [@ho2020denoising, p. 2]</p>", "left as text: [@ho2020denoising"),
     "reference left": ("<p>see @fig-x</p>", "left as text: @fig-x"),
     "formula left": ("<p>$$ a $$</p>", "left as text: $$"),
     "div left": ("<p>::: {.callout-note}</p>", "left as text: :::"),
@@ -256,7 +266,8 @@ def project(tmp_path_factory):
     write(nbs/"index.ipynb", md("# The book\n\n> A tour"), md("Welcome to [the step](12_forward.ipynb#sec-step), `forward_step`, `Walker.walk` and `check_step`."))
     write(nbs/"12_forward.ipynb", md("# The step\n\n> One step"), code("#| default_exp forward"), code("#| export\nimport json"),
           md("## Where {#sec-step}\n\n[A claim (claim 14)]{#claim-14}, @eq-step, @fig-a, @tbl-t and @ho2020denoising: the reparameterisation trick.\n\n$$\nx = \\frac{a}{b}\n$$ {#eq-step}"),
-          code(f"#| export\n{FORWARD}"), code("#| export\nclass Walker:\n    'Walks.'\n    def __init__(self, n: int): # how many\n        self.n = n\n    def walk(self) -> int: # where to\n        'Goes.'\n        return self.n"),
+          code(f"#| export\n{FORWARD}"), code("#| export\nclass Walker:\n    'Walks.'\n    def __init__(self, n: int): # how many\n        self.n = n\n    def walk(self, **how: str) -> int: # where to\n        'Goes.'\n        return self.n"),
+          code("#| export\nfrom typing import NamedTuple\nclass Step(NamedTuple):\n    'A move.'\n    t: int      # the time it came to\n    x: float = 0. # the place"),
           code("from nbdev.showdoc import show_doc"), code("show_doc(Walker.walk)"),
           figure("#| label: fig-a\n#| fig-cap: 'Where $\\beta$ grows'\n#| fig-alt: 'A line rises.'\n"), code("#| label: tbl-t\n#| tbl-cap: 'Times'\nshow()", TABLE),
           md("[]{#mistake-4}\n\n::: {.callout-warning}\n## Mistake 4\nSee @eq-step.\n:::\n\n::: {.callout-note collapse=\"true\"}\n## Long\nFolded $x$.\n:::"),
@@ -301,6 +312,8 @@ def test_entries_have_tables_of_parameters(built):
     assert "forward_step(x_prev, beta, *, eps" in re.sub(r"<[^>]+>", "", entry)
     assert entry.count('class="math inline"') == 2, "maths in the docstring and in a parameter's comment"
     assert 'href="#source-forward_step"' in entry
+    whole = re.sub(r"<[^>]+>", " ", built["forward.html"].split('id="api"', 1)[1])
+    assert "**how" in whole and "the time it came to" in whole, "keywords keep their stars, and named tuples have tables"
 
 def test_doc_links_of_the_whole_site(built):
     page = built["index.html"]

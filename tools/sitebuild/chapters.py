@@ -6,11 +6,13 @@ it stays visible in the story, marked as exported, and the descriptions are gath
 import ast
 import inspect
 import re
+from pathlib import Path
 
 import nbdev.serve
 import nbdev.showdoc
 from execnb.nbio import mk_cell
 from fastcore.docments import MarkdownRenderer, docments
+from nbdev.config import get_config
 from nbdev.process import Processor
 from nbdev.processors import FilterDefaults
 
@@ -35,6 +37,16 @@ def default(value: object) -> str:
     if value is inspect.Parameter.empty: return ""
     return getattr(value, "__name__", None) or repr(value)
 
+FIELD = re.compile(r"^ +(\w+)\s*:\s*([^#=]+?)\s*(?:=\s*([^#]+?)\s*)?(?:#\s*(.*))?$", re.M)
+
+def field_notes(cls: type) -> list:
+    "The fields of a named tuple, with the comments beside them, read from the exported module."
+    head = rf"^class {cls.__name__}\b.*?:\n(.*?)(?=^\S|\Z)"
+    for path in sorted(Path(get_config().lib_path).glob("*.py")):
+        if m := re.search(head, path.read_text(encoding="utf-8"), re.S | re.M):
+            return [(f"`{name}`", kind, value, note) for name, kind, value, note in FIELD.findall(m[1]) if name in cls._fields]
+    return []
+
 class Shown:
     "A default value that prints as its author would write it."
     def __init__(self, value): self.value = value
@@ -55,16 +67,22 @@ class ApiEntry(MarkdownRenderer):
         shown = [p.replace(default=Shown(p.default)) if p.default is not p.empty else p for p in params]
         return self.nm + str(inspect.Signature(shown))
 
+    def rows(self):
+        "What is known of each parameter, and of what comes back: name, type, default, meaning."
+        if hasattr(self.sym, "_fields"): return field_notes(self.sym)
+        try: notes = docments(self.sym, full=True, returns=True)
+        except Exception: return []                     # a name without source, such as an alias of a built-in
+        stars = {p.name: {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") for p in (self.sig.parameters.values() if self.sig else ())}
+        rows = [(f"`{stars.get(k, '')}{k}`", annotation(v.get("anno")), default(v.get("default")), v.get("docment"))
+                for k, v in notes.items() if k not in ("self", "return")]
+        back = None if inspect.isclass(self.sym) else notes.get("return")
+        kind = annotation(back.get("anno")) if back else ""
+        return rows + ([("*returns*", kind, "", back.get("docment"))] if back and (kind or back.get("docment")) else [])
+
     def table(self):
         "The table of the parameters and of what comes back; empty when nothing is said about them."
-        try: notes = docments(self.sym, full=True, returns=True)
-        except Exception: return ""                     # a name without source, such as an alias of a built-in
-        shown = {k: v for k, v in notes.items() if k not in ("self", "return")}
-        back = notes.get("return")
-        if inspect.isclass(self.sym): back = None
-        rows = [(f"`{k}`", annotation(v.get("anno")), default(v.get("default")), v.get("docment")) for k, v in shown.items()]
-        if back and (back.get("docment") or annotation(back.get("anno"))): rows.append(("*returns*", annotation(back.get("anno")), "", back.get("docment")))
-        if not any(r[1] or r[3] for r in rows): return ""
+        rows = self.rows()
+        if not any(kind or note for _, kind, _, note in rows): return ""
         code = lambda o: f"`{cell_text(o)}`" if o else ""
         lines = [f"| {name} | {code(kind)} | {code(value)} | {cell_text(note or '')} |" for name, kind, value, note in rows]
         return "\n".join(["| parameter | type | default | meaning |", "|:--|:--|:--|:--|", *lines])
@@ -97,7 +115,7 @@ class BookPage(Processor):
                 story += [mk_cell(f"{anchors}\n\n:::: {{{kind}}}", "markdown"), c, mk_cell("::::", "markdown")]
             else: story.append(c)
         if entries:
-            head = f"## The module {self.module} {{#api}}\n\nWhat this chapter exports. The code stands in the cells above."
+            head = f"## The module {self.module} {{#api}}\n\nWhat this chapter exports. The code stands in the cells above that an amber bar marks."
             story += [mk_cell(head, "markdown"), *entries]
         self.nb.cells = story
 

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 LOADS = {"img": "src", "script": "src", "link": "href", "iframe": "src", "source": "src", "video": "src", "audio": "src"}
 NOT_PROSE = {"pre", "code", "script", "style", "head"}
 VOID = {"img", "br", "hr", "meta", "link", "input", "source", "wbr", "col", "area", "base", "embed", "track"}
-LEFT_AS_TEXT = re.compile(r"\{#[\w-]+[^}]*\}|\[?@(?:fig|tbl|eq|sec)-[\w-]+|\$\$|^:::+.*$", re.M)
+LEFT_AS_TEXT = re.compile(r"\{#[\w-]+[^}]*\}|\[?@(?:fig|tbl|eq|sec)-[\w-]+|\[-?@\w[\w:-]*|\$\$|^:::+.*$", re.M)
 
 class Facts(HTMLParser):
     "What a page holds: ids, links, what it loads, its pictures, and its running text."

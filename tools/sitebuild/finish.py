@@ -77,6 +77,7 @@ def accessible(text: str) -> str:
     text = re.sub(r'(<a [^>]*data-bs-toggle="collapse"[^>]*) role="navigation"', r'\1 role="button" tabindex="0"', text)
     text = re.sub(r'(<a [^>]*role="button" tabindex="0"[^>]*aria-label=")Toggle section"', r'\1Fold or unfold this part"', text)
     text = re.sub(r'(<div class="callout-header[^"]*") (data-bs-toggle="collapse")', r'\1 role="button" tabindex="0" \2', text)
+    text = text.replace("<summary>Code</summary>", "<summary>Show the code</summary>")
     text = re.sub(r'(<i class="bi[^"]*") role="img"', r'\1 aria-hidden="true"', text)
     text = text.replace('<button title="Copy to Clipboard" class="code-copy-button">', '<button type="button" title="Copy to clipboard" aria-label="Copy this code" class="code-copy-button">')
     text = text.replace('<a class="quarto-color-scheme-toggle nav-link" href="" title="Toggle dark mode"', '<a class="quarto-color-scheme-toggle nav-link" href="#" role="button" title="Light or dark" aria-label="Switch between light and dark"')

@@ -21,7 +21,7 @@ IMAGE_CAPTION = re.compile(r"^(!\[)(.*?\]\([^)]*\))\{#(fig-[\w-]+)", re.M)
 TABLE_CAPTION = re.compile(r"^(: +)(.*?)\{#(tbl-[\w-]+)", re.M)
 SECTION = re.compile(r"^#+ +(.*?)\s*\{[^}]*#(sec-[\w-]+)[^}]*\}", re.M)
 KEY = r"[\w][\w:.#$%&+?<>~/-]*"
-BRACKETED = re.compile(r"\[([^\[\]]*@[^\[\]]*)\](?![({:])")
+BRACKETED = re.compile(r"\[([^\[\]]*@[^\[\]]*)\](?![({])")
 CITED = re.compile(rf"(?P<before>[^@]*?)(?P<year_only>-?)@(?P<key>{KEY})(?P<after>.*)", re.S)
 INLINE = re.compile(rf"(?<![\w@/.\[(#-])-?@{KEY}|(?<=[\s(])-?@{KEY}")
 PICTURES = ("image/png", "image/gif", "image/jpeg", "image/svg+xml")
@@ -101,7 +101,12 @@ class Page:
         if re.search(r"[\x00-\x08\x0b-\x1f]", f"{said}{opts.get('fig-alt')}"): self.problem(f"{label}: put the caption and the alt text in single quotes")
         opts[key] = f"{KINDS[label[:3]]} {self.number(label)}: {said or ''}"
         if label.startswith("tbl"): self.caption_table(c, opts)
-        c["source"] = "\n".join([f"#| {k}: {json.dumps(v)}" for k, v in opts.items()] + lines[n:])
+        c["options"], c["source"] = opts, "\n".join(lines[n:])
+
+    def with_options(self, c: dict) -> None:
+        "Write a cell's options back, with the references of its caption resolved."
+        opts = {k: outside(CODE, self.resolve, v) if k in ("fig-cap", "tbl-cap") else v for k, v in c.pop("options").items()}
+        c["source"] = "\n".join([*(f"#| {k}: {json.dumps(v)}" for k, v in opts.items()), c["source"]])
 
     def caption_table(self, c: dict, opts: dict) -> None:
         "A table that a cell made as Markdown is captioned in that Markdown."
@@ -171,9 +176,12 @@ class Page:
             to = os.path.normpath((here.parent/m[2]).as_posix())
             return m[1] + m[2][:len(m[2]) - len(Path(m[2]).name)] + Path(renamed.get(to, to)).name
         self.collect()
+        def linked(text): return outside(CODE, lambda t: re.sub(r"(\]\()([\w./-]+\.ipynb)", link, self.resolve(t)), text)
         for c in self.nb["cells"]:
-            if c["cell_type"] == "markdown":
-                c["source"] = outside(CODE, lambda t: re.sub(r"(\]\()([\w./-]+\.ipynb)", link, self.resolve(t)), c["source"])
+            if c["cell_type"] == "markdown": c["source"] = linked(c["source"])
+            if "options" in c: self.with_options(c)
+            for o in c.get("outputs", []):
+                if "text/markdown" in o.get("data", {}): o["data"]["text/markdown"] = linked("".join(o["data"]["text/markdown"]))
         if self.cited:
             entries = sorted(self.cited, key=lambda k: (self.bib[k]["short"], self.bib[k].get("year", "")))
             source = "## References {#references .unnumbered}\n\n" + "\n".join(as_markdown(k, self.bib[k]) for k in entries)
