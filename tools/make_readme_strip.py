@@ -26,7 +26,7 @@ def strip(seed: int, rows: int, columns: int = 10, steps: int = 250) -> torch.Te
         frames.append(step.x)
         logsnr.append(float(denoise.schedule.logsnr(step.t)))
     logsnr = torch.tensor(logsnr[:-1])   # the last is infinite
-    wanted = torch.linspace(-4, 4, columns - 2)
+    wanted = torch.linspace(-3, 5, columns - 2)
     picked = [0, *(1 + (logsnr - w).abs().argmin().item() for w in wanted), len(frames) - 1]
     return torch.stack([frames[i] for i in picked], 1).flatten(0, 1).clamp(-1, 1)
 
