@@ -1,6 +1,6 @@
 """One test per notebook: every cell runs, in order, in a process of its own. A failure names the notebook and the cell.
 And what the stored notebooks must be: executed, without an error, with a picture wherever a figure is announced."""
-import json, os, re, subprocess, sys
+import importlib.util, json, os, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -51,4 +51,7 @@ def test_stored_times():
     assert set(seconds) == {p.stem for p in NBS}
     assert not {k: s for k, s in seconds.items() if s > 90}
     assert sum(seconds.values()) < 15 * 60
-    assert times["machine"]["cores"] and times["machine"]["torch"]
+    spec = importlib.util.spec_from_file_location("execute_nb", ROOT/"tools"/"execute_nb.py")
+    execute_nb = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(execute_nb)
+    assert execute_nb.sentence(times) in (ROOT/"README.md").read_text(encoding="utf-8"), "the README tells other times: make notebooks"

@@ -57,7 +57,9 @@ def execute(*args): return subprocess.run([sys.executable, ROOT/"tools"/"execute
 STALE = [dict(output_type="stream", name="stdout", text=["old\n"])]
 
 def test_execute_nb_refreshes_outputs_and_times(tmp_path):
-    nb, times = tmp_path/"12_x.ipynb", tmp_path/"times.json"
+    (tmp_path/"nbs").mkdir()
+    nb, times, readme = tmp_path/"nbs"/"12_x.ipynb", tmp_path/"nbs"/"times.json", tmp_path/"README.md"
+    readme.write_text("before <!-- times -->old<!-- /times --> after")
     times.write_text(json.dumps(dict(chapters={"12_x": dict(seconds=1e9, cpu_seconds=1e9), "99_gone": dict(seconds=1, cpu_seconds=1)})))
     notebook(nb, ("print('new')", STALE), ("x = 1", STALE), ("#| eval: false\nprint('never')", STALE), ("#| slow\nprint('slow')", STALE),
              ("print('  0%\\r 50%\\r100%')", []))
@@ -66,6 +68,7 @@ def test_execute_nb_refreshes_outputs_and_times(tmp_path):
     assert outputs(nb) == [["new\n"], [], ["old\n"], ["old\n"], ["100%\n"]]
     table = json.loads(times.read_text())
     assert list(table["chapters"]) == ["12_x"] and 0 < table["chapters"]["12_x"]["seconds"] < 600 and table["machine"]["cores"] >= 1
+    assert readme.read_text() == f"before <!-- times -->{tool('execute_nb').sentence(table)}<!-- /times --> after"
     assert execute(nb, "--flags", "slow").returncode == 0 and outputs(nb)[3] == ["slow\n"]
 
 def test_execute_nb_says_which_cell_failed_and_keeps_the_notebook(tmp_path):

@@ -2,7 +2,7 @@
 
 Each notebook runs in a process of its own, as it does for a reader. Cells marked `#| eval: false`, `#| notest`
 or `#| slow` are not run and keep their outputs (`--flags slow` runs the slow ones). With `--times FILE` the seconds
-of each chapter, imports included, are written into that JSON file, which the README and the site read.
+of each chapter, imports included, are written into that JSON file, and their sum into the README.
 """
 import argparse, json, os, platform, re, resource, subprocess, sys, time
 from pathlib import Path
@@ -56,6 +56,19 @@ def table(times: dict) -> str:
     total = f"{'all':<24}{sum(t['seconds'] for t in times.values()):>9.1f}{sum(t['cpu_seconds'] for t in times.values()):>13.1f}"
     return "\n".join([f"{'chapter':<24}{'seconds':>9}{'cpu seconds':>13}", *rows, total])
 
+MARK = re.compile(r"(<!-- times -->).*?(<!-- /times -->)", re.S)
+
+def sentence(stored: dict) -> str:
+    "The table in one sentence, for the README."
+    seconds, m = {k: v["seconds"] for k, v in stored["chapters"].items()}, stored["machine"]
+    longest = max(seconds, key=seconds.get)
+    return (f"One after another the {len(seconds)} notebooks run in {sum(seconds.values())/60:.1f} minutes on {m['cores']} cores "
+            f"({m['cpu']}); the longest, `{longest}`, takes {seconds[longest]:.0f} seconds.")
+
+def tell_readme(readme: Path, stored: dict):
+    "Put the sentence between the README's marks."
+    if readme.exists(): readme.write_text(MARK.sub(lambda m: m[1] + sentence(stored) + m[2], readme.read_text(encoding="utf-8")), encoding="utf-8")
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("paths", nargs="+", type=Path, help="notebooks")
@@ -80,7 +93,9 @@ def main():
             chapters = {**old.get("chapters", {}), **times}
             there = {p.stem for p in path.parent.glob("*.ipynb")}
             order = sorted((k for k in chapters if k in there), key=lambda k: (k != "index", k))
-            args.times.write_text(json.dumps(dict(machine=machine(), chapters={k: chapters[k] for k in order}), indent=1) + "\n")
+            stored = dict(machine=machine(), chapters={k: chapters[k] for k in order})
+            args.times.write_text(json.dumps(stored, indent=1) + "\n")
+            tell_readme(args.times.resolve().parents[1]/"README.md", stored)
     if len(times) > 1: print("\n" + table(times))
     if args.times: print(f"\nwritten to {args.times}")
 
