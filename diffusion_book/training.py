@@ -270,7 +270,7 @@ def train(
 ) -> Run:                               # the run: .ema.net is the network to keep
     "Image, random time, noise by the jump, predict, compare, update (Ho et al. 2020, alg. 1)."
     check_images(images)
-    if (steps is None) == (minutes is None) or (steps or minutes) <= 0: raise ValueError(
+    if (steps is None) == (minutes is None) or (steps or minutes or 0) <= 0: raise ValueError(
         f"steps, minutes: got {steps} and {minutes}, wanted one of them, above 0")
     accelerator = make_accelerator(device, precision, accumulate)
     images, parts = images.to(accelerator.device), accelerator.num_processes*accumulate
