@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FASHION_URL', 'FASHION_FILES', 'check_images', 'read_idx', 'fetch_fashion', 'load_full_fashion', 'load_digits_images',
-           'load_images', 'draw_images', 'pick_device', 'native_bf16', 'pick_precision', 'whole_or_nothing',
-           'write_tensors', 'read_tensors']
+           'load_images', 'draw_images', 'pick_device', 'pick_precision']
 
 # %% ../nbs/40_images.ipynb #c14986aa
 import gzip
@@ -44,18 +43,6 @@ def check_images(
     if low >= 0 and len(x) > 1: raise ValueError(f"{got}; if yours are in [0, 1], use 2*x - 1")
     return x
 
-# %% ../nbs/40_images.ipynb #80b57868
-FASHION_URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
-FASHION_FILES = {  # file: (sha256 of upstream's .gz, sha256 of what it holds)
-    "train-images-idx3-ubyte": ("3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-                                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
-    "train-labels-idx1-ubyte": ("a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-                                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
-    "t10k-images-idx3-ubyte": ("346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-                               "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
-    "t10k-labels-idx1-ubyte": ("67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-                               "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34")}
-
 # %% ../nbs/40_images.ipynb #58b14fa1
 def read_idx(
     path: str | Path,           # an IDX file, or one packed by gzip
@@ -74,6 +61,18 @@ def read_idx(
     if values != shape.prod(dtype=np.int64):
         raise ValueError(f"{path}: got {values} values, wanted {shape.tolist()}")
     return np.frombuffer(raw, np.uint8, offset=4 + 4*raw[3]).reshape(shape)
+
+# %% ../nbs/40_images.ipynb #80b57868
+FASHION_URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
+FASHION_FILES = {  # file: (sha256 of upstream's .gz, sha256 of what it holds)
+    "train-images-idx3-ubyte": ("3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+                                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"),
+    "train-labels-idx1-ubyte": ("a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+                                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+    "t10k-images-idx3-ubyte": ("346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+                               "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
+    "t10k-labels-idx1-ubyte": ("67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+                               "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34")}
 
 # %% ../nbs/40_images.ipynb #caec144c
 def fetch_fashion(
@@ -254,3 +253,39 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module
                                f"{wrong[0]}: got {got.get(wrong[0])}, wanted {want.get(wrong[0])}")
     module.load_state_dict(tensors)
     return module
+
+# %% ../nbs/40_images.ipynb #de264905
+#| code-fold: true
+def check_epoch(your_function) -> None:
+    "Raise AssertionError, saying what is wrong, unless the function deals out 0...n-1 in batches."
+    def deal(seed): return list(your_function(10, 4, torch.Generator().manual_seed(seed)))
+    parts = deal(0)
+    sizes = [len(p) for p in parts]
+    assert sizes == [4, 4, 2], f"batches of {sizes}, wanted 4, 4, 2"
+    dealt = torch.cat(parts).tolist()
+    assert sorted(dealt) == list(range(10)), f"dealt {dealt}: not every number exactly once"
+    assert dealt != list(range(10)), "the numbers come in order: shuffle them"
+    assert dealt == torch.cat(deal(0)).tolist(), "the same seed dealt otherwise: use the generator"
+    assert dealt != torch.cat(deal(1)).tolist(), "another seed dealt alike: use the generator"
+
+# %% ../nbs/40_images.ipynb #74ffc21e
+#| code-fold: true
+def check_first_of_each(your_function) -> None:
+    "Raise AssertionError, saying what is wrong, unless it finds the first k of each class."
+    y = torch.tensor([2, 0, 2, 1, 2, 0, 1, 1, 0, 2])
+    got = torch.as_tensor(your_function(y, 2)).tolist()
+    assert len(got) == 6, f"found {len(got)} images, wanted 2 of each of 3 classes"
+    assert y[got].bincount().tolist() == [2, 2, 2], "the classes are unbalanced"
+    assert set(got) == {0, 1, 2, 3, 5, 6}, f"found {sorted(got)}: not the first ones of each class"
+    assert got == sorted(got), f"found {got}: keep the order of the file"
+
+# %% ../nbs/40_images.ipynb #afdc9ab8
+#| code-fold: true
+def check_copies(your_function) -> None:
+    "Raise AssertionError, saying what is wrong, unless it finds the images that are in both sets."
+    a = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    b = torch.stack([a[4], a[1].flip(-1), a[2] + 1e-6, a[0], a[4]])
+    got = sorted((int(i), int(j)) for i, j in your_function(a, b))
+    assert (1, 1) not in got, "image 1 and its mirror image are not copies"
+    assert (2, 2) not in got, "image 2 differs by a millionth: compare exactly"
+    assert got == [(0, 3), (4, 0), (4, 4)], f"found {got}, wanted [(0, 3), (4, 0), (4, 4)]"
