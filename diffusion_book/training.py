@@ -13,7 +13,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast
 from fastcore.script import call_parse
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ class EMA:
 # %% ../nbs/41_training.ipynb #6b5067e6
 class Run:
     "A training run: the network, its average, the optimiser, the random stream, the count."
-    def __init__(self, denoise: Denoiser, accelerator: Accelerator, batch_size: int = 64,
+    def __init__(self, denoise: Denoiser, accelerator: "Accelerator", batch_size: int = 64,
                  lr: float = 2e-3, decay: float = .9995, seed: int = 0):
         net = denoise.net.to(accelerator.device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.AdamW(net.parameters(), lr, betas=(.9, .99), weight_decay=.01)
@@ -101,7 +100,8 @@ def update(run: Run, images: Tensor, rate: float) -> Tensor:
 def save_run(run: Run, path: Path) -> None:
     "Write everything that the next step depends on, whole or not at all."
     parts = {"net": run.denoise.net.state_dict(), "ema": run.ema.net.state_dict()}
-    parts |= {f"optimizer.{i}": s for i, s in run.optimizer.state_dict()["state"].items()}
+    names = [name for name, _ in run.denoise.net.named_parameters()]
+    parts |= {f"optimizer.{names[i]}": s for i, s in run.optimizer.state_dict()["state"].items()}
     tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.items()}
     notes = dict(step=run.step, seconds=run.seconds, updates=run.ema.updates, recipe=run.recipe())
     write_tensors(path, tensors | {"generator": run.generator.get_state()}, notes)
@@ -116,9 +116,10 @@ def load_run(run: Run, path: Path) -> None:
     def part(name): return {k[len(name):]: v for k, v in tensors.items() if k.startswith(name)}
     fill(run.denoise.net, part("net."), path)
     fill(run.ema.net, part("ema."), path)
-    state = {i: {k: torch.empty_like(p).copy_(v) if v.ndim else v
-                 for k, v in part(f"optimizer.{i}.").items()}
-             for i, p in enumerate(run.denoise.net.parameters())}
+    state = {}
+    for i, (name, p) in enumerate(run.denoise.net.named_parameters()):
+        own = part(f"optimizer.{name}.") or part(f"optimizer.{i}.")     # early files have numbers
+        state[i] = {k: torch.empty_like(p).copy_(v) if v.ndim else v for k, v in own.items()}
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
     run.generator.set_state(tensors["generator"])
     run.step, run.seconds, run.ema.updates = (notes[k] for k in ("step", "seconds", "updates"))

@@ -137,6 +137,16 @@ def test_checkpoint_without_settings_still_loads(tmp_path):
     T.write_tensors(tmp_path/"checkpoint.safetensors", tensors, notes)
     assert T.train(fresh(), DIGITS, tmp_path, steps=4, resume=True, **QUIET).step == 4
 
+def test_early_checkpoints_with_numbered_optimiser_state_resume_exactly(tmp_path):
+    "Once the optimiser's state was kept by number; now it is by name, so that a network may list its parts in another order."
+    whole = T.train(fresh(), DIGITS, steps=6, **QUIET)
+    with pytest.raises(Stop): T.train(fresh(), DIGITS, tmp_path, steps=6, save_every=0, watch=stop_at(4), **QUIET)
+    tensors, notes = T.read_tensors(tmp_path/"checkpoint.safetensors")
+    for i, (name, _) in enumerate(fresh().net.named_parameters()):
+        for k in ("exp_avg", "exp_avg_sq", "step"): tensors[f"optimizer.{i}.{k}"] = tensors.pop(f"optimizer.{name}.{k}")
+    T.write_tensors(tmp_path/"checkpoint.safetensors", tensors, notes)
+    assert same(whole.denoise.net, T.train(fresh(), DIGITS, tmp_path, steps=6, resume=True, **QUIET).denoise.net)
+
 def test_begin_and_resume_ask_for_the_right_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="checkpoint.safetensors"): T.train(fresh(), DIGITS, tmp_path/"new", steps=1, resume=True, **QUIET)
     T.train(fresh(), DIGITS, tmp_path, steps=1, **QUIET)
@@ -163,7 +173,7 @@ def test_card_says_how(tmp_path):
     card = json.loads((tmp_path/"card.json").read_text())
     want = dict(data="digits", images=200, size=[1, 8, 8], batch_size=8, lr=2e-3, seed=0, steps=2, finished=True, device="cpu",
                 precision="fp32", processes=1, torch=torch.__version__)
-    assert {k: card[k] for k in want} == want and card["seconds"] > 0 and card["threads"] >= 1
+    assert {k: card[k] for k in want} == want and 0 <= card["seconds"] < 60 and card["threads"] >= 1
     assert card["parameters"] == sum(p.numel() for p in fresh().net.parameters())
 
 # ------------------------------------------------------------------ the command, called as a function
