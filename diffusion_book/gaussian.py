@@ -14,13 +14,14 @@ from torch import Tensor
 def _variance(var, x: Tensor) -> Tensor:
     "`var` as a tensor like x, or an error if it is not above zero."
     var = torch.as_tensor(var, dtype=x.dtype, device=x.device)
-    if not (var > 0).all(): raise ValueError(f"var: got {var.min().item():.3g}, wanted a variance above 0")
+    if not (var > 0).all():
+        raise ValueError(f"var: got {var.min().item():.3g}, wanted a variance above 0")
     return var
 
 def gaussian_pdf(
     x: Tensor,                    # where, any shape
     mean: Tensor | float = 0.,    # mean, broadcasts with x
-    var: Tensor | float = 1.,     # variance (not the standard deviation), above 0, broadcasts with x
+    var: Tensor | float = 1.,     # variance (not standard deviation), above 0, broadcasts with x
 ) -> Tensor:                      # density at x, in units of 1/x
     "The Gaussian density $\\mathcal N(x; \\mu, \\sigma^2)$ [@bishop2006pattern, eq. 1.46]."
     var = _variance(var, x)
@@ -30,7 +31,7 @@ def gaussian_pdf(
 def gaussian_cdf(
     x: Tensor,                    # where, any shape
     mean: Tensor | float = 0.,    # mean, broadcasts with x
-    var: Tensor | float = 1.,     # variance (not the standard deviation), above 0, broadcasts with x
+    var: Tensor | float = 1.,     # variance (not standard deviation), above 0, broadcasts with x
 ) -> Tensor:                      # share of the distribution below x, in [0, 1]
     "The share of a Gaussian below `x`, by the error function."
     var = _variance(var, x)
@@ -42,7 +43,7 @@ def ks_distance(
     mean: float = 0.,     # mean of the Gaussian to compare with
     var: float = 1.,      # its variance, above 0
 ) -> float:               # largest gap between the two cumulative shares, in [0, 1]
-    "Kolmogorov-Smirnov distance of samples from a Gaussian; chance alone gives about 0.87/sqrt(n)."
+    "Kolmogorov-Smirnov distance from a Gaussian; chance alone rarely passes 2.25/sqrt(n)."
     if not x.numel(): raise ValueError("x: got no samples, wanted at least one")
     below = gaussian_cdf(x.flatten().double().sort().values, mean, var)
     n = torch.arange(len(below) + 1, dtype=torch.float64, device=x.device)/len(below)
@@ -51,7 +52,7 @@ def ks_distance(
 # %% ../nbs/11_gaussian.ipynb #8239eabf
 def tail_fraction(
     k: Tensor | float,   # how many standard deviations, 0 or more
-) -> Tensor:             # share of a Gaussian farther than k standard deviations from its mean, on both sides
+) -> Tensor:             # share farther than that from the mean, both sides together
     "The share of Gaussian numbers beyond `k` standard deviations."
     k = torch.as_tensor(k, dtype=torch.float64)
     if not (k >= 0).all(): raise ValueError(f"k: got {k.min().item():.3g}, wanted 0 or more")
@@ -61,7 +62,7 @@ def tail_fraction(
 def expected_norm(
     d: int,       # dimensions, 1 or more
 ) -> float:       # mean length of a standard Gaussian vector, close to sqrt(d)
-    "The mean length of Gaussian noise in `d` dimensions, the mean of the chi distribution [@vershynin2018high, sec. 3.1]."
+    "The mean length of Gaussian noise in `d` dimensions [@vershynin2018high, sec. 3.1]."
     if d < 1: raise ValueError(f"d: got {d}, wanted 1 or more")
     return math.sqrt(2)*math.exp(math.lgamma((d + 1)/2) - math.lgamma(d/2))
 
@@ -70,11 +71,12 @@ def heat_solution(
     x: Tensor,                  # where, any shape
     time: float,                # time since the drop fell, 0 or more
     width: float = 1.,          # width of the drop at time 0, centred at 0, above 0
-    diffusivity: float = .5,    # D, length squared per time, above 0; with .5 the variance grows by the time
+    diffusivity: float = .5,    # D, length squared per time, above 0; .5: variance grows by time
 ) -> Tensor:                    # concentration at x, with total amount 1
-    "Exact solution of the heat equation for a drop that starts as an even block [@crank1975diffusion, eq. 2.15]."
-    for name, v, ok in (("time", time, time >= 0), ("width", width, width > 0), ("diffusivity", diffusivity, diffusivity > 0)):
-        if not ok: raise ValueError(f"{name}: got {v}, wanted {'0 or more' if name == 'time' else 'above 0'}")
+    "Exact heat-equation solution for a block-shaped drop [@crank1975diffusion, eq. 2.15]."
+    if not time >= 0: raise ValueError(f"time: got {time}, wanted 0 or more")
+    for name, v in (("width", width), ("diffusivity", diffusivity)):
+        if not v > 0: raise ValueError(f"{name}: got {v}, wanted above 0")
     x = x.abs()                                        # mirror symmetry; keeps the tails exact
     if time == 0: return (x <= width/2).to(x.dtype)/width
     s = 2*math.sqrt(diffusivity*time)
@@ -103,20 +105,25 @@ def check_noise_with(noise_with) -> None:
     x = noise_with(5., .2, n, torch.Generator().manual_seed(0))
     assert tuple(x.shape) == (n,), f"shape {tuple(x.shape)}, wanted ({n},)"
     again = noise_with(5., .2, n, torch.Generator().manual_seed(0))
-    assert torch.equal(x, again), "the same generator seed gave other numbers: draw from the generator that is passed in"
+    assert torch.equal(x, again), \
+        "the same generator seed gave other numbers: draw from the generator that is passed in"
     assert abs(x.mean() - 5) < .01, f"mean {x.mean():.3f}, wanted 5"
-    assert abs(x.std() - .2) < .01, f"standard deviation {x.std():.3f}, wanted 0.2: multiply by the deviation, not by the variance"
-    assert ks_distance(x, 5., .04) < 2.25/n**.5, "mean and deviation are right, but the shape isn't a bell"
+    assert abs(x.std() - .2) < .01, (f"standard deviation {x.std():.3f}, wanted 0.2: "
+                                     "multiply by the deviation, not by the variance")
+    assert ks_distance(x, 5., .04) < 2.25/n**.5, \
+        "mean and deviation are right, but the shape isn't a bell"
 
 # %% ../nbs/11_gaussian.ipynb #2a173e55
 #| code-fold: true
 def check_step_size(step_size) -> None:
     "Check the answer to exercise 2: how small must a step be?"
-    assert abs(step_size(3., 1) - 3) < 1e-9, f"one step: got {step_size(3., 1)}, wanted the total, 3"
+    assert abs(step_size(3., 1) - 3) < 1e-9, \
+        f"one step: got {step_size(3., 1)}, wanted the total, 3"
     got = step_size(2., 100)
     walks = got*torch.randn(20_000, 100, generator=torch.Generator().manual_seed(0)).sum(1)
     assert abs(walks.std() - 2) < .05, \
-        f"100 steps of {got:.4f} add up to a deviation of {walks.std():.3f}, wanted 2: variances add, deviations don't"
+        (f"100 steps of {got:.4f} add up to a deviation of {walks.std():.3f}, wanted 2: "
+         "variances add, deviations don't")
 
 # %% ../nbs/11_gaussian.ipynb #2f6578e8
 #| code-fold: true
@@ -125,12 +132,15 @@ def check_ink_in_glass(ink_in_glass) -> None:
     width, start = 2., .5
     x = torch.linspace(0, width, 401, dtype=torch.float64)
     early = ink_in_glass(x, start, .001, width)
-    assert torch.allclose(early, gaussian_pdf(x, start, .001), atol=1e-6), "early on, far from the walls, it should be a plain bell"
+    assert torch.allclose(early, gaussian_pdf(x, start, .001), atol=1e-6), \
+        "early on, far from the walls, it should be a plain bell"
     for var in (.1, 1., 4.):
         u = ink_in_glass(x, start, var, width)
         total = torch.trapezoid(u, x).item()
-        assert abs(total - 1) < 1e-3, f"variance {var}: the total is {total:.3f}, wanted 1: what passed a wall must come back"
+        assert abs(total - 1) < 1e-3, (f"variance {var}: the total is {total:.3f}, wanted 1: "
+                                       "what passed a wall must come back")
         k = torch.arange(1, 60, dtype=torch.float64)[:, None]*math.pi/width
         waves = (torch.cos(k*start)*torch.cos(k*x)*torch.exp(-k**2*var/2)).sum(0)
         assert torch.allclose(u, (1 + 2*waves)/width, atol=1e-4), \
-            f"variance {var}: the total is right, the places aren't: mirror images, not copies from the other side; and enough of them"
+            (f"variance {var}: the total is right, the places aren't: "
+             "mirror images, not copies from the other side; and enough of them")

@@ -14,10 +14,11 @@ from torch import Tensor
 def transition_matrix(
     rows: Tensor | list[list[float]],  # chances, (states, states); row i is what may follow state i
 ) -> Tensor:                           # the same numbers as float64, checked
-    "Check that `rows` is a table of chances and return it in float64 [@norris1997markov, sec. 1.1]."
+    "Check that `rows` is a table of chances; return it in float64 [@norris1997markov, sec. 1.1]."
     P = torch.as_tensor(rows, dtype=torch.float64)
     if P.ndim != 2 or P.shape[0] != P.shape[1] or not len(P):
-        raise ValueError(f"rows: got shape {tuple(P.shape)}, wanted a square table (states, states)")
+        raise ValueError(f"rows: got shape {tuple(P.shape)}, "
+                         "wanted a square table (states, states)")
     bad = ~((P >= 0).all(1) & ((P.sum(1) - 1).abs() < 1e-6))   # NaN fails both tests
     if bad.any():
         i = int(bad.nonzero()[0])
@@ -40,7 +41,7 @@ def simulate_chain(
     n_steps: int,             # moves to make, 0 or more
     generator: torch.Generator | None = None,  # source of the randomness
 ) -> Tensor:                  # states at times 0...n_steps, int64, (n_steps + 1, *start.shape)
-    "Run independent copies of a chain; entry `t` of the result is time `t` [@norris1997markov, sec. 1.1]."
+    "Run copies of a chain; entry `t` of the result is time `t` [@norris1997markov, sec. 1.1]."
     P = transition_matrix(P)
     if n_steps < 0: raise ValueError(f"n_steps: got {n_steps}, wanted 0 or more")
     path, borders = [_states(start, len(P)).to(P.device)], P.cumsum(1)[:, :-1]
@@ -54,7 +55,8 @@ def _chances(p, n: int, name: str) -> Tensor:
     "`p` as float64 chances over n states (last axis), or an error."
     p = torch.as_tensor(p, dtype=torch.float64)
     if not p.ndim or p.shape[-1] != n:
-        raise ValueError(f"{name}: got shape {tuple(p.shape)}, wanted (..., {n}): one chance for each state")
+        raise ValueError(f"{name}: got shape {tuple(p.shape)}, "
+                         f"wanted (..., {n}): one chance for each state")
     if not ((p >= 0).all() and ((p.sum(-1) - 1).abs() < 1e-6).all()):
         raise ValueError(f"{name}: got {p.tolist()}, wanted chances >= 0 that add up to 1")
     return p/p.sum(-1, keepdim=True)
@@ -77,8 +79,8 @@ def stationary(
     values, vectors = torch.linalg.eig(transition_matrix(P).T)
     ones = ((values - 1).abs() < 1e-9).nonzero().flatten()
     if len(ones) != 1:
-        raise ValueError(f"P: {len(ones)} eigenvalues are 1, wanted one: the chain falls into parts "
-                         "that never meet, and each has a stationary distribution of its own")
+        raise ValueError(f"P: {len(ones)} eigenvalues are 1, wanted one: the chain falls into "
+                         "parts that never meet, each with a stationary distribution of its own")
     v = vectors[:, ones[0]].real
     return v/v.sum()
 
@@ -90,14 +92,15 @@ def total_variation(
     "Total variation distance, half the sum of absolute differences [@levin2017markov, prop. 4.2]."
     p, q = torch.as_tensor(p), torch.as_tensor(q)
     if p.shape[-1:] != q.shape[-1:]:
-        raise ValueError(f"p, q: got {tuple(p.shape)} and {tuple(q.shape)}, wanted the same last axis")
+        raise ValueError(f"p, q: got {tuple(p.shape)} and {tuple(q.shape)}, "
+                         "wanted the same last axis")
     return (p - q).abs().sum(-1)/2
 
 # %% ../nbs/10_markov.ipynb #56de9079
 def reverse_chain(
     P: Tensor,   # chances of the next state, (states, states)
     p: Tensor,   # chances of the states at the earlier time, (states,)
-) -> Tensor:     # chances of the earlier state; row j is for the later state j, float64, (states, states)
+) -> Tensor:     # chances of the earlier state, row j for the later state j, (states, states)
     "One move backwards by Bayes' rule; rows of states that can't be reached are filled with `p`."
     P = transition_matrix(P)
     p = _chances(p, len(P), "p")
@@ -125,7 +128,8 @@ def to_levels(
 ) -> Tensor:             # grey levels 0...levels-1, int64, same shape
     "The grey level nearest to each pixel."
     if x.min() < -1 or x.max() > 1:
-        raise ValueError(f"x: got values {float(x.min()):.3g}...{float(x.max()):.3g}, wanted [-1, 1]")
+        raise ValueError(f"x: got values {float(x.min()):.3g}...{float(x.max()):.3g}, "
+                         "wanted [-1, 1]")
     return ((x + 1)/2*(levels - 1)).round().long()
 
 def from_levels(
@@ -144,11 +148,13 @@ def check_backwards(backwards) -> None:
     R = backwards(P, p)
     rows = R.sum(1)
     assert torch.allclose(rows, torch.ones(3, dtype=torch.float64)), \
-        f"rows add up to {rows.tolist()}, wanted 1: row j holds the chances of all states that may have come before j"
+        (f"rows add up to {rows.tolist()}, wanted 1: "
+         "row j holds the chances of all states that may have come before j")
     assert not torch.allclose(R, reverse_chain(P, torch.full((3,), 1/3))), \
         "this is right only if all earlier states are equally likely: weigh each by its chance p"
     assert torch.allclose(p @ P @ R, p), "going forward and then back should bring p back"
-    assert torch.allclose(R, reverse_chain(P, p)), "p comes back, but the single chances differ from Bayes' rule"
+    assert torch.allclose(R, reverse_chain(P, p)), \
+        "p comes back, but the single chances differ from Bayes' rule"
 
 # %% ../nbs/10_markov.ipynb #40459f33
 #| code-fold: true
@@ -157,10 +163,13 @@ def check_moves_to_forget(moves_to_forget) -> None:
     once = torch.full((3, 3), 1/3)
     assert moves_to_forget(once, .01) == 1, \
         f"a chain that forgets in one move: got {moves_to_forget(once, .01)}, wanted 1"
-    for P, tol in ((grey_walk(16), .01), (transition_matrix([[.8, .1, .1], [.3, .4, .3], [.2, .5, .3]]), .02)):
+    weather = transition_matrix([[.8, .1, .1], [.3, .4, .3], [.2, .5, .3]])
+    for P, tol in ((grey_walk(16), .01), (weather, .02)):
         n, pi, eye = moves_to_forget(P, tol), stationary(P), torch.eye(len(P), dtype=torch.float64)
-        worst = [total_variation(distribution_after(P, eye, max(k, 0)), pi).max() for k in (n - 1, n)]
-        assert worst[1] < tol, f"after {n} moves one start is still {worst[1]:.4f} away, wanted below {tol}: ask all starts"
+        after = [distribution_after(P, eye, max(k, 0)) for k in (n - 1, n)]
+        worst = [total_variation(a, pi).max() for a in after]
+        assert worst[1] < tol, (f"after {n} moves one start is still {worst[1]:.4f} away, "
+                                f"wanted below {tol}: ask all starts")
         assert worst[0] >= tol, f"{n} moves are more than needed: {n - 1} are enough already"
 
 # %% ../nbs/10_markov.ipynb #55715f22
@@ -175,4 +184,5 @@ def check_grey_ring(grey_ring) -> None:
     values = torch.linalg.eigvalsh(P)
     k = torch.arange(8, dtype=torch.float64)
     closed = (1 - .5*(1 - torch.cos(2*torch.pi*k/8))).sort().values
-    assert torch.allclose(values, closed), f"eigenvalues {values.tolist()}, wanted {closed.tolist()}"
+    assert torch.allclose(values, closed), \
+        f"eigenvalues {values.tolist()}, wanted {closed.tolist()}"
