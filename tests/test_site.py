@@ -305,6 +305,12 @@ def test_exported_code_stays_in_the_story(built):
     assert "secret" not in page and "unseen')" not in story and "nbdev_export" not in page and "default_exp" not in page
     assert 'id="forward_step"' in api and 'id="walker"' in api and 'id="walker.walk"' in api and 'id="check_step"' not in api
 
+def test_patched_methods_are_named_with_their_class():
+    from types import SimpleNamespace
+    from sitebuild.chapters import defined
+    cell = SimpleNamespace(source="@patch\ndef __call__(self: Ideal, x): pass\n\ndef free(x: int): pass\n\nLIMIT = 3")
+    assert defined(cell) == ["Ideal.__call__", "free", "LIMIT"]
+
 def test_entries_have_tables_of_parameters(built):
     entry = built["forward.html"].split('id="forward_step"', 1)[1].split('id="walker"')[0]
     text = re.sub(r"<[^>]+>", " ", entry)

@@ -87,11 +87,17 @@ class ApiEntry(MarkdownRenderer):
         lines = [f"| {name} | {code(kind)} | {code(value)} | {cell_text(note or '')} |" for name, kind, value, note in rows]
         return "\n".join(["| parameter | type | default | meaning |", "|:--|:--|:--|:--|", *lines])
 
+def patched(node) -> str:
+    "The name of a function, with its class in front where `@patch` adds it to one: `Denoiser.predict`."
+    marks = [getattr(d.func if isinstance(d, ast.Call) else d, "id", "") for d in node.decorator_list]
+    owner = isinstance(node, ast.FunctionDef) and "patch" in marks and node.args.args and node.args.args[0].annotation
+    return f"{ast.unparse(owner)}.{node.name}" if owner else node.name
+
 def defined(cell) -> list:
     "The names a cell defines at its top level, functions and classes and constants."
     try: body = ast.parse(cell.source).body
     except SyntaxError: return []
-    names = [o.name for o in body if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    names = [patched(o) for o in body if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     return names + [t.id for o in body if isinstance(o, ast.Assign) for t in o.targets if isinstance(t, ast.Name)]
 
 class BookPage(Processor):
@@ -110,7 +116,7 @@ class BookPage(Processor):
             marks = set(c.get("directives_") or {})
             if c.cell_type == "code" and re.search(r"^show_doc\(", c.source, re.M): entries.append(c)
             elif c.cell_type == "code" and marks & {"export", "exports", "exporti"}:
-                anchors = "".join(f"[]{{#source-{anchor(o)}}}" for o in defined(c))
+                anchors = "".join(f"[]{{#source-{anchor(o).replace('.', '-')}}}" for o in defined(c))
                 kind = ".exported-internal" if "exporti" in marks else ".exported"
                 story += [mk_cell(f"{anchors}\n\n:::: {{{kind}}}", "markdown"), c, mk_cell("::::", "markdown")]
             else: story.append(c)

@@ -67,7 +67,7 @@ def local_links(
     def link(m):
         page, _, name = m[1].partition("#")
         ids = anchors.get(page, set())
-        target = next((o for o in (name, f"source-{name}") if o in ids), "")
+        target = next((o for o in (name, f"source-{name.replace('.', '-')}") if o in ids), "")
         if name and not target and page == own: return f'href="{up}{page}"'
         return f'href="{up}{page}{"#" + target if target else ""}"'
     return re.sub(rf'href="{re.escape(site_url)}/([^"]*)"', link, text)
