@@ -14,7 +14,7 @@ from torch import Tensor
 # %% ../nbs/12_forward.ipynb #3eb21e87
 def forward_step(
     x_prev: Tensor | float,             # x at time t-1, any shape; a plain number is fine
-    beta: Tensor | float,               # the noise's variance, in [0, 1]: one, or (batch, 1, 1, ...)
+    beta: Tensor | float,               # the noise's variance in [0, 1]: one, or (batch, 1, 1, ...)
     eps: Tensor | float | None = None,  # standard Gaussian noise, shape of x_prev; None draws it
     generator: torch.Generator | None = None,  # source of the noise if it is drawn
 ) -> Tensor:                            # x at time t, with shape, dtype and device of x_prev
@@ -54,18 +54,19 @@ def _noise_like(x: Tensor, eps: Tensor | float | None, generator: torch.Generato
 # %% ../nbs/12_forward.ipynb #ca6cd0f7
 def forward_walk(
     x0: Tensor | float,                        # the data, any shape
-    beta: Tensor,                              # variances beta[0...T], shape (T+1,), with beta[0] = 0
+    beta: Tensor,                              # variances, shape (T+1,), with beta[0] = 0
     generator: torch.Generator | None = None,  # source of the noise, one draw a step
-) -> Iterator[Tensor]:                         # T+1 tensors of x0's shape: the data first, x at time T last
-    "Yield `x0` and what it becomes after each step of the forward process [@ho2020denoising, eq. 2]."
+) -> Iterator[Tensor]:                         # T+1 tensors of x0's shape, x0 first
+    "Yield `x0` and what it becomes after each forward step [@ho2020denoising, eq. 2]."
     beta, x = torch.as_tensor(beta, dtype=torch.float64), _floating("x0", x0)
     if beta.ndim != 1 or not len(beta):
         raise ValueError(f"beta: got shape {tuple(beta.shape)}, wanted (T+1,)")
-    if beta[0] != 0: raise ValueError(f"beta[0]: got {beta[0].item():g}, wanted 0: entry 0 is the data")
+    if beta[0] != 0:
+        raise ValueError(f"beta[0]: got {beta[0].item():g}, wanted 0: entry 0 is the data")
     _fraction("beta", beta, beta)
     return _walk(x, beta.tolist(), generator)
 
-# %% ../nbs/12_forward.ipynb #aa741ae9
+
 def _walk(x: Tensor, beta: list[float], generator: torch.Generator | None) -> Iterator[Tensor]:
     "The steps of `forward_walk`, apart from it so that bad input is refused at the call."
     yield x
@@ -73,18 +74,21 @@ def _walk(x: Tensor, beta: list[float], generator: torch.Generator | None) -> It
         x = forward_step(x, b, generator=generator)
         yield x
 
-# %% ../nbs/12_forward.ipynb #8ebecfcb
+# %% ../nbs/12_forward.ipynb #29f37c50
 #| code-fold: true
 def check_step(your_function) -> None:
     "Raise AssertionError, saying what is wrong, unless the function is the forward step."
     x, eps = torch.tensor([1., -2., 0.]), torch.tensor([0., 0., 1.])
     got = your_function(x, .36, eps)
     assert got.shape == x.shape, f"got shape {tuple(got.shape)}, wanted that of x, {tuple(x.shape)}"
-    assert abs(got[2] - .36) > 1e-4, "the noise is multiplied by beta: beta is its variance, so its factor is sqrt(beta)"
+    assert abs(got[2] - .36) > 1e-4, \
+        "the noise is multiplied by beta: beta is its variance, so its factor is sqrt(beta)"
     assert abs(got[2] - .6) < 1e-4, f"noise of 1 with beta = 0.36 became {got[2]:.4f}, wanted 0.6"
     assert abs(got[0] - 1) > 1e-4, "the picture is not shrunk, so the variance will explode"
-    assert abs(got[0] - .64) > 1e-4, "the picture is multiplied by 1 - beta: the variance will settle near one half, take the root"
-    assert torch.allclose(got[:2], torch.tensor([.8, -1.6])), f"pixels 1 and -2 became {got[:2].tolist()}, wanted 0.8 and -1.6"
+    assert abs(got[0] - .64) > 1e-4, \
+        "the picture is multiplied by 1 - beta: the variance settles near one half, take the root"
+    assert torch.allclose(got[:2], torch.tensor([.8, -1.6])), \
+        f"pixels 1 and -2 became {got[:2].tolist()}, wanted 0.8 and -1.6"
 
 # %% ../nbs/12_forward.ipynb #24fa3505
 #| code-fold: true
@@ -94,17 +98,22 @@ def check_variance_after(your_function) -> None:
     for v0, want in (4., 1.75), (0., .75), (1., 1.):
         got = float(your_function(v0, beta))
         assert abs(got - (v0 + 1)) > 1e-6, "noise is added but nothing shrinks"
-        assert not (v0 != 1 and abs(got - 1) < 1e-6), "variance 1 is where the walk tends to, not where it is after 2 steps"
-        assert abs(got - want) < 1e-6, f"start {v0}, beta = [0, 0.5, 0.5]: got {got:.4f}, wanted {want} (multiply the variance by 1 - beta, add beta)"
+        assert not (v0 != 1 and abs(got - 1) < 1e-6), \
+            "variance 1 is where the walk tends to, not where it is after 2 steps"
+        assert abs(got - want) < 1e-6, \
+            f"start {v0}, beta = [0, 0.5, 0.5]: got {got:.4f}, wanted {want} " \
+            "(multiply the variance by 1 - beta, add beta)"
 
 # %% ../nbs/12_forward.ipynb #bd9827c6
 #| code-fold: true
 def check_half_life(your_function) -> None:
-    "Raise AssertionError, saying what is wrong, unless the function finds when less than half of the picture is left."
-    beta = torch.cat([torch.zeros(1, dtype=torch.float64), torch.full((9,), .36, dtype=torch.float64)])   # factors 0.8
+    "Raise AssertionError, saying what is wrong, unless it finds when half of the picture is gone."
+    beta = torch.full((10,), .36, dtype=torch.float64)      # factors 0.8
+    beta[0] = 0
     got = int(your_function(beta))                          # 0.8^3 = 0.512, 0.8^4 = 0.41
     assert got != 3, "got 3: off by one if you dropped beta[0], else still 0.512 is left at t = 3"
     assert got != 2, "got 2: the factor is sqrt(1 - beta) = 0.8, you multiplied 1 - beta = 0.64"
     assert got == 4, f"got {got}, wanted 4: 0.8 x 0.8 x 0.8 x 0.8 is the first product below 0.5"
     far = torch.cat([torch.zeros(1), torch.linspace(1e-4, .02, 1000, dtype=torch.float64)])
-    assert int(your_function(far)) == 369, f"for beta from 0.0001 to 0.02 over 1000 steps: got {int(your_function(far))}, wanted 369"
+    got = int(your_function(far))
+    assert got == 369, f"for beta from 0.0001 to 0.02 over 1000 steps: got {got}, wanted 369"

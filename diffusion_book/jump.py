@@ -18,7 +18,7 @@ def jump(
     eps: Tensor | float | None = None,  # standard Gaussian noise, shape of x0; None draws it
     generator: torch.Generator | None = None,  # source of the noise if it is drawn
 ) -> Tensor:                            # x at time t, with shape, dtype and device of x0
-    "From data to any noise level at once: `sqrt(abar)*x0 + sqrt(1-abar)*eps` [@ho2020denoising, eq. 4]."
+    "From data to any time at once: `sqrt(abar)*x0 + sqrt(1-abar)*eps` [@ho2020denoising, eq. 4]."
     x0 = _floating("x0", x0)
     abar, eps = _fraction("abar", abar, x0), _noise_like(x0, eps, generator)
     return abar.sqrt().to(x0)*x0 + (1 - abar).sqrt().to(x0)*eps
@@ -32,21 +32,29 @@ def check_running_product(your_function) -> None:
     assert len(got) == 4, f"got {len(got)} numbers for 4 betas: index 0, the data, belongs to it"
     assert got[0] != 0, "abar[0] is 0: you multiplied beta, abar is the product of 1 - beta"
     assert got[0] == 1, f"abar[0] is {got[0]:.3f}, wanted 1: at t = 0 there is only data"
-    assert abs(got[3] - .2) > 1e-9, "abar[3] is 1 minus the sum of beta: keep multiplying, do not add"
+    assert abs(got[3] - .2) > 1e-9, \
+        "abar[3] is 1 minus the sum of beta: keep multiplying, do not add"
     assert abs(got[3] - .6) > 1e-9, "abar[3] is 0.6: this is the square root, sqrt(abar)"
-    assert torch.allclose(got, torch.tensor([1., .5, .4, .36], dtype=got.dtype)), f"got {got.tolist()}, wanted [1, 0.5, 0.4, 0.36]"
+    assert torch.allclose(got, torch.tensor([1., .5, .4, .36], dtype=got.dtype)), \
+        f"got {got.tolist()}, wanted [1, 0.5, 0.4, 0.36]"
 
 # %% ../nbs/13_jump.ipynb #c33101b5
 #| code-fold: true
 def check_jump_between(your_function) -> None:
-    "Raise AssertionError, saying what is wrong, unless the function jumps from time s to a later time t."
+    "Raise AssertionError, saying what is wrong, unless it jumps from time s to a later time t."
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    keep, add = float(your_function(one, .8, .2, zero)), float(your_function(zero, .8, .2, one))   # abar_s = 0.8, abar_t = 0.2
-    assert abs(keep - .2**.5) > 1e-6, "x_s is multiplied by sqrt(abar_t), but it has been shrunk by sqrt(abar_s) already"
+    keep = float(your_function(one, .8, .2, zero))      # abar_s = 0.8, abar_t = 0.2
+    add = float(your_function(zero, .8, .2, one))
+    assert abs(keep - .2**.5) > 1e-6, \
+        "x_s is multiplied by sqrt(abar_t), but it has been shrunk by sqrt(abar_s) already"
     assert abs(keep - .25) > 1e-6, "x_s is multiplied by abar_t/abar_s: take the root"
-    assert abs(keep - .5) < 1e-6, f"x_s is multiplied by {keep:.4f}, wanted sqrt(abar_t/abar_s) = 0.5"
-    assert abs(add - .8**.5) > 1e-6, "too much noise: 1 - abar_t counts the noise that is in x_s already"
-    assert abs(add**2 - .75) < 1e-6, f"the new noise has variance {add**2:.4f}, wanted 0.75 (so that 0.25 * 0.2 + 0.75 = 1 - abar_t)"
+    assert abs(keep - .5) < 1e-6, \
+        f"x_s is multiplied by {keep:.4f}, wanted sqrt(abar_t/abar_s) = 0.5"
+    assert abs(add - .8**.5) > 1e-6, \
+        "too much noise: 1 - abar_t counts the noise that is in x_s already"
+    assert abs(add**2 - .75) < 1e-6, \
+        f"the new noise has variance {add**2:.4f}, wanted 0.75 " \
+        "(so that 0.25 * 0.2 + 0.75 = 1 - abar_t)"
     assert float(your_function(one, .4, .4, one)) == 1, "from s to s nothing should change"
 
 # %% ../nbs/13_jump.ipynb #45efd341
@@ -55,7 +63,8 @@ def check_recover(your_function) -> None:
     "Raise AssertionError, saying what is wrong, unless the function solves the jump for x0."
     x0, eps = torch.tensor([.5, -1., 0.]), torch.tensor([1., 2., -1.])
     got = your_function(.6*x0 + .8*eps, .36, eps)
-    assert not torch.allclose(got, .6*x0), "the noise is gone, but the picture is still faded: divide by sqrt(abar)"
+    assert not torch.allclose(got, .6*x0), \
+        "the noise is gone, but the picture is still faded: divide by sqrt(abar)"
     assert not torch.allclose(got, x0/.6), "divided by abar: the factor on x0 is its root"
     assert not torch.allclose(got, x0 + 1.6*eps/.6), "the noise was added once more: subtract it"
     assert torch.allclose(got, x0, atol=1e-5), f"got {got.tolist()}, wanted {x0.tolist()}"

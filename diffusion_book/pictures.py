@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 # %% ../nbs/01_pictures.ipynb #c68c821e
@@ -24,7 +24,8 @@ def from_uint8(
     x: Tensor,  # bytes 0...255, dtype uint8, any shape
 ) -> Tensor:    # float32 in [-1, 1], same shape
     "Map 0...255 to [-1, 1]: black is -1, white is 1; `to_uint8` is the way back."
-    if x.dtype != torch.uint8: raise TypeError(f"x: got dtype {x.dtype}, wanted torch.uint8")
+    if x.dtype != torch.uint8:
+        raise TypeError(f"x: got dtype {x.dtype}, wanted torch.uint8")
     return x.float()/127.5 - 1
 
 # %% ../nbs/01_pictures.ipynb #54b9d878
@@ -34,24 +35,27 @@ CLASS_NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
 # %% ../nbs/01_pictures.ipynb #bb6d9b46
 def load_fashion(
     split: str = "train",        # "train" (10,000 images) or "test" (2,000)
-) -> tuple[Tensor, Tensor]:      # images float32 (n, 1, 28, 28) in [-1, 1] and labels int64 (n,) in 0...9
-    "The Fashion-MNIST subset that ships in the package, balanced over the ten classes [@xiao2017fashion]."
-    if split not in ("train", "test"): raise ValueError(f'split: got {split!r}, wanted "train" or "test"')
+) -> tuple[Tensor, Tensor]:      # images float32 (n, 1, 28, 28) in [-1, 1], labels int64 (n,)
+    "The part of Fashion-MNIST in the package, balanced over ten classes [@xiao2017fashion]."
+    if split not in ("train", "test"):
+        raise ValueError(f'split: got {split!r}, wanted "train" or "test"')
     with np.load(str(files("diffusion_book")/"data"/"fashion_mnist.npz")) as arrays:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
     return from_uint8(torch.from_numpy(images)[:, None]), torch.from_numpy(labels).long()
 
 # %% ../nbs/01_pictures.ipynb #b2302293
 def to_uint8(
-    x: Tensor,  # images in [-1, 1], floating point, any shape; values outside are clipped, NaN becomes black
+    x: Tensor,  # images in [-1, 1], floating point, any shape; NaN becomes black
 ) -> Tensor:    # uint8 in 0...255, same shape
     "Map [-1, 1] to 0...255 with clipping and rounding, so nothing wraps around."
-    if not x.is_floating_point(): raise TypeError(f"x: got dtype {x.dtype}, wanted floating point in [-1, 1]")
+    if not x.is_floating_point():
+        raise TypeError(f"x: got dtype {x.dtype}, wanted floating point in [-1, 1]")
     return ((x.float().nan_to_num(-1.).clamp(-1, 1) + 1)*127.5).round().to(torch.uint8)
 
 # %% ../nbs/01_pictures.ipynb #9d84a172
+#| code-fold: true
 def image_grid(
-    x: Tensor,                  # images in [-1, 1], shape (n, channels, height, width), 1 or 3 channels
+    x: Tensor,                  # images in [-1, 1], shape (n, 1 or 3, height, width)
     ncols: int | None = None,   # images a row; None takes about the square root of n
     pad: int = 2,               # white pixels between images
 ) -> Tensor:                    # one image, shape (channels, rows, columns), in [-1, 1]
@@ -65,15 +69,18 @@ def image_grid(
     return sheet.clamp(-1, 1)
 
 # %% ../nbs/01_pictures.ipynb #a8d34d1d
+#| code-fold: true
 def _layout(x: Tensor, ncols: int | None) -> tuple[int, int]:
     "Rows and columns of a sheet of the images `x`, or an error if they are no batch of images."
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
-        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (n, 1 or 3, height, width) with n at least 1")
+        raise ValueError(f"x: got shape {tuple(x.shape)}, "
+                         "wanted (n, 1 or 3, height, width) with n at least 1")
     if ncols is not None and ncols < 1: raise ValueError(f"ncols: got {ncols}, wanted 1 or more")
     ncols = min(len(x), ncols or int(np.ceil(len(x)**.5)))
     return -(-len(x) // ncols), ncols
 
 # %% ../nbs/01_pictures.ipynb #e0ce1847
+#| code-fold: true
 def show_images(
     x: Tensor,                            # images in [-1, 1], shape (n, channels, height, width)
     ncols: int | None = None,             # images a row; None takes about the square root of n
@@ -83,7 +90,8 @@ def show_images(
     ax: plt.Axes | None = None,           # axes to draw the sheet on; None makes a figure
 ) -> Figure:                              # the figure drawn on
     "Show a batch of images on one shared grey scale: -1 is black, 1 is white."
-    if titles and len(titles) != len(x): raise ValueError(f"titles: got {len(titles)} for {len(x)} images")
+    if titles and len(titles) != len(x):
+        raise ValueError(f"titles: got {len(titles)} for {len(x)} images")
     nrows, ncols = _layout(x, ncols)
     h, w = x.shape[-2:]
     pad = max(2, h//3) if titles and nrows > 1 else 2     # room for titles between rows
@@ -99,23 +107,38 @@ def show_images(
         ax.text(k*(w + pad) + w/2, r*(h + pad) - 2, text, ha="center", va="bottom", fontsize=8)
     return ax.figure
 
-# %% ../nbs/01_pictures.ipynb #9bc4d689
+# %% ../nbs/01_pictures.ipynb #81d2658c
+#| code-fold: true
 def film(
-    frames: list[Tensor],       # pictures in [-1, 1], each (channels, height, width) or a batch laid out as a sheet
+    frames: list[Tensor],       # pictures in [-1, 1], each (channels, height, width) or a batch
     fps: float = 12,            # frames a second
     scale: int = 3,             # every pixel becomes scale x scale
     hold: float = 1.5,          # seconds the last frame stays
-    ncols: int | None = None,   # images a row where a frame is a batch; None takes about the square root
-) -> bytes:                     # the GIF file's bytes; `Image(data=film(...), format="gif")` shows it
+    ncols: int | None = None,   # images a row where a frame is a batch; None: the square root
+    captions: list[str] | None = None,  # a line of text above each frame; None for no line
+) -> bytes:                     # the GIF file; `Image(data=film(...), format="gif")` shows it
     "Turn a list of images, or of batches of images, into an animated GIF."
     if not len(frames): raise ValueError("frames: got none, wanted at least one")
+    if captions and len(captions) != len(frames):
+        raise ValueError(f"captions: got {len(captions)} for {len(frames)} frames")
     sheets = [image_grid(f if f.ndim == 4 else f[None], ncols) for f in frames]
     pages = [Image.fromarray(to_uint8(s).permute(1, 2, 0).squeeze(-1).numpy()) for s in sheets]
     pages = [p.resize((p.width*scale, p.height*scale), Image.NEAREST) for p in pages]
+    pages = [_captioned(p, text) for p, text in zip(pages, captions)] if captions else pages
     ms = [int(1000/fps)]*(len(pages) - 1) + [int(1000*hold)]
     out = io.BytesIO()
-    pages[0].save(out, "GIF", save_all=True, append_images=pages[1:], duration=ms, loop=0, optimize=True)
+    pages[0].save(out, "GIF", save_all=True, append_images=pages[1:], duration=ms, loop=0,
+                  optimize=True)
     return out.getvalue()
+
+# %% ../nbs/01_pictures.ipynb #bb8f7f8f
+#| code-fold: true
+def _captioned(page: Image.Image, text: str) -> Image.Image:
+    "The page with a white strip above it, and the text in the strip."
+    page = ImageOps.expand(page, (0, 18, 0, 0), fill="white")
+    page.paste("white", (0, 0, page.width, 18))
+    ImageDraw.Draw(page).text((2, 1), text, fill="black", font=ImageFont.load_default(13))
+    return page
 
 # %% ../nbs/01_pictures.ipynb #d8a54a42
 PALETTE = dict(data="#0072B2", noise="#666666", sample="#D55E00", model="#009E73",
@@ -124,21 +147,24 @@ PALETTE = dict(data="#0072B2", noise="#666666", sample="#D55E00", model="#009E73
 # %% ../nbs/01_pictures.ipynb #0851f382
 def book_style() -> None:
     "Set matplotlib's defaults to the book's: one palette, light grid, white card, readable sizes."
-    cycle = plt.cycler(color=[PALETTE[k] for k in ("data", "sample", "model", "highlight", "third", "second")])
+    names = ("data", "sample", "model", "highlight", "third", "second")
+    dashes = ["-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1))]
     plt.rcParams.update({
-        "axes.prop_cycle": cycle + plt.cycler(linestyle=["-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1))]),
+        "axes.prop_cycle": plt.cycler(color=[PALETTE[k] for k in names], linestyle=dashes),
         "figure.figsize": (6.4, 3.2), "figure.dpi": 110, "figure.facecolor": "white",
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": .25,
         "axes.titlesize": 11, "axes.labelsize": 10, "legend.frameon": False, "legend.fontsize": 9,
         "image.cmap": "gray", "figure.constrained_layout.use": True})
 
-# %% ../nbs/01_pictures.ipynb #ec54f039
+# %% ../nbs/01_pictures.ipynb #8d5f76df
+#| code-fold: true
 def at_scale(
-    laptop: Any,  # the value for the setting "laptop": a chapter runs in about a minute on two cores
-    full: Any,    # the value for the setting "full": a chapter trains the full model, on a GPU
+    laptop: Any,  # value for the setting "laptop": a chapter runs in about a minute on two cores
+    full: Any,    # value for the setting "full": a chapter trains the full model, on a GPU
 ) -> Any:         # one of the two, unchanged
     "Choose by the environment variable `DIFFUSION_BOOK_SCALE`, which is \"laptop\" unless set."
-    choices, scale = dict(laptop=laptop, full=full), os.environ.get("DIFFUSION_BOOK_SCALE", "laptop")
+    choices = dict(laptop=laptop, full=full)
+    scale = os.environ.get("DIFFUSION_BOOK_SCALE", "laptop")
     if scale in choices: return choices[scale]
     raise ValueError(f'DIFFUSION_BOOK_SCALE: got {scale!r}, wanted "laptop" or "full"')
 
@@ -149,31 +175,37 @@ def check_unit_to_uint8(your_function) -> None:
     bytes_ = torch.arange(256, dtype=torch.uint8)
     got = your_function(torch.tensor([-.1, 1.1, 1.]))
     assert got.dtype == torch.uint8, f"the result should be torch.uint8, it is {got.dtype}"
-    assert got[0] == 0 and got[1] == 255, f"-0.1 and 1.1 became {got[:2].tolist()}, wanted [0, 255]: clip first"
+    assert got[0] == 0 and got[1] == 255, \
+        f"-0.1 and 1.1 became {got[:2].tolist()}, wanted [0, 255]: clip first"
     assert got[2] == 255, f"1.0 became {got[2]}, wanted 255: the factor is 255, not 256"
     wrong = (your_function(bytes_/255) != bytes_).sum()
     assert wrong == 0, f"{wrong} of 256 bytes come back changed: round, do not cut off"
-    assert your_function(torch.tensor([.999]))[0] == 255, "0.999 is nearest to 255: round, do not cut off"
+    assert your_function(torch.tensor([.999]))[0] == 255, \
+        "0.999 is nearest to 255: round, do not cut off"
 
 # %% ../nbs/01_pictures.ipynb #ef7b85f0
 #| code-fold: true
 def check_centroids(your_function) -> None:
-    "Raise AssertionError, saying what is wrong, unless the function gives the mean image of each class."
+    "Raise AssertionError, saying what is wrong, unless it gives the mean image of each class."
     x = torch.arange(6.).view(6, 1, 1, 1)*torch.ones(1, 1, 2, 3)
     got = your_function(x, torch.tensor([1, 0, 1, 1, 0, 2]))
-    assert got.shape == (3, 1, 2, 3), f"got shape {tuple(got.shape)} for 3 classes of (1, 2, 3) images, wanted (3, 1, 2, 3)"
+    assert got.shape == (3, 1, 2, 3), \
+        f"got shape {tuple(got.shape)} for 3 classes of (1, 2, 3) images, wanted (3, 1, 2, 3)"
     want = torch.tensor([2.5, 5/3, 5.])
-    assert not torch.allclose(got[:, 0, 0, 0], want*torch.tensor([2., 3, 1])/2), "every sum was divided by the same number"
-    assert torch.allclose(got[:, 0, 0, 0], want), f"means are {got[:, 0, 0, 0].tolist()}, wanted {want.tolist()}"
+    means = got[:, 0, 0, 0]
+    assert not torch.allclose(means, want*torch.tensor([2., 3, 1])/2), \
+        "every sum was divided by the same number"
+    assert torch.allclose(means, want), f"means are {means.tolist()}, wanted {want.tolist()}"
 
 # %% ../nbs/01_pictures.ipynb #41ca3b83
 #| code-fold: true
 def check_nearest(your_function) -> None:
-    "Raise AssertionError, saying what is wrong, unless the function names the nearest centroid of each image."
+    "Raise AssertionError, saying what is wrong, unless it names each image's nearest centroid."
     c = torch.tensor([[0., 0.], [3., -3.], [1., 1.]]).view(3, 1, 1, 2)
     x = torch.tensor([[.1, 0.], [2.9, -3.], [.9, 1.1], [-9., -9.]]).view(4, 1, 1, 2)
     got = your_function(x, c)
     assert got.shape == (4,), f"got shape {tuple(got.shape)} for 4 images, wanted (4,)"
     assert got.tolist() != [1, 2, 1, 2], "these are the farthest centroids"
-    assert got[1] == 1, f"an image beside centroid 1 was named {got[1]}: signed differences cancel, use squares"
+    assert got[1] == 1, \
+        f"an image beside centroid 1 was named {got[1]}: signed differences cancel, use squares"
     assert got.tolist() == [0, 1, 2, 0], f"got {got.tolist()}, wanted [0, 1, 2, 0]"
