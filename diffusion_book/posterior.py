@@ -23,7 +23,8 @@ def step_between(
     "The forward jump from `s` to `t`: x_t = f*x_s + sqrt(v)*eps (Kingma et al. 2021, eq. 20)."
     s = t - 1 if s is None else s
     first, last = torch.as_tensor(s), torch.as_tensor(t)
-    if not bool(((first >= 0) & (first < last)).all()): raise ValueError(f"s: got {s} with t = {t}, wanted 0 <= s < t")
+    if not bool(((first >= 0) & (first < last)).all()):
+        raise ValueError(f"s: got {s} with t = {t}, wanted 0 <= s < t")
     factor = schedule.signal(t)/schedule.signal(s)
     return factor, (schedule.noise(t)**2 - factor**2*schedule.noise(s)**2).clamp(min=0), s
 
@@ -36,8 +37,11 @@ def posterior(
     s: int | float | Tensor | None = None,  # time to go back to, 0 <= s < t; None is t - 1
 ) -> tuple[Tensor, Tensor]:          # mean, of x0's shape, and variance, which broadcasts over it
     "Mean and variance of q(x_s | x_t, x_0), a Gaussian (Ho et al. 2020, eqs. 6-7, for any s < t)."
-    if x0.shape != xt.shape: raise ValueError(f"x0, xt: got shapes {tuple(x0.shape)} and {tuple(xt.shape)}, wanted the same")
-    if not xt.is_floating_point(): raise TypeError(f"xt: got dtype {xt.dtype}, wanted a floating-point tensor")
+    if x0.shape != xt.shape:
+        raise ValueError(
+            f"x0, xt: got shapes {tuple(x0.shape)} and {tuple(xt.shape)}, wanted the same")
+    if not xt.is_floating_point():
+        raise TypeError(f"xt: got dtype {xt.dtype}, wanted a floating-point tensor")
     factor, v, s = step_between(t, schedule, s)
     var_s, var_t = schedule.noise(s)**2, schedule.noise(t)**2
     mean = like(factor*var_s/var_t, xt)*xt + like(schedule.signal(s)*v/var_t, xt)*x0
@@ -50,11 +54,12 @@ def reverse_step(
     t: int | float | Tensor,                    # time of xt, in (0, T], one or one per image
     schedule: Schedule,                         # gives signal and noise
     s: int | float | Tensor | None = None,      # time to go to, 0 <= s < t; None is t - 1
-    variance: str = "small",                    # "small": the posterior's; "large": the forward step's
+    variance: str = "small",                    # "small": posterior's; "large": forward step's
     generator: torch.Generator | None = None,   # where the fresh noise is drawn from
 ) -> Tensor:                                    # x_s, same shape; at s = 0 no noise is added
     "One step back: draw x_s as if `x0_hat` were the truth (Ho et al. 2020, algorithm 2)."
-    if variance not in ("small", "large"): raise ValueError(f'variance: got {variance!r}, wanted "small" or "large"')
+    if variance not in ("small", "large"):
+        raise ValueError(f'variance: got {variance!r}, wanted "small" or "large"')
     mean, var = posterior(x0_hat, xt, t, schedule, s)
     _, v, s = step_between(t, schedule, s)
     if variance == "large": var = like(v, xt)
@@ -68,23 +73,27 @@ def reverse_step(
 def check_mean_from_eps(
     mean_from_eps: Callable,  # the reader's function: (xt, eps, t, schedule, s) -> mean
 ) -> None:
-    "Raise AssertionError, saying what is wrong, unless `mean_from_eps` is the reverse mean for any s < t."
+    "Raise AssertionError, saying what is wrong, unless it is the reverse mean for any s < t."
     schedule = linear_schedule()
     xt, eps = torch.randn(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for t, s in ((500, 499), (500, 480), (1000, 100), (20, 0)):
         x0_hat = (xt - schedule.noise(t)*eps)/schedule.signal(t)
-        got, want = mean_from_eps(xt, eps, t, schedule, s), posterior(x0_hat, xt, t, schedule, s)[0]
+        want = posterior(x0_hat, xt, t, schedule, s)[0]
+        got = mean_from_eps(xt, eps, t, schedule, s)
         one_step = (xt - schedule.beta[t]/schedule.noise(t)*eps)/schedule.alpha[t].sqrt()
-        assert s == t - 1 or not torch.allclose(got, one_step), f"t = {t}, s = {s}: that is the mean of one step, not of {t - s}"
+        assert s == t - 1 or not torch.allclose(got, one_step), (
+            f"t = {t}, s = {s}: that is the mean of one step, not of {t - s}")
         error = (got - want).abs().max().item()
-        assert error < 1e-8, f"t = {t}, s = {s}: off by up to {error:.3g} from posterior(x0_hat, xt, t, schedule, s)"
+        assert error < 1e-8, (
+            f"t = {t}, s = {s}: off by up to {error:.3g} from "
+            "posterior(x0_hat, xt, t, schedule, s)")
 
 # %% ../nbs/20_posterior.ipynb #a4c39a9c
 #| code-fold: true
 def check_best_variance(
     best_variance: Callable,  # the reader's function: (t, schedule, c, s) -> variance
 ) -> None:
-    "Raise AssertionError, saying what is wrong, unless `best_variance` is that of q(x_s | x_t) for data N(0, c)."
+    "Raise AssertionError, saying what is wrong, unless it is that of q(x_s | x_t), data N(0, c)."
     schedule = linear_schedule()
     for t, s in ((500, 499), (500, 400), (30, 10)):
         a_s, (f, v, _) = schedule.signal(s), step_between(t, schedule, s)
@@ -92,17 +101,21 @@ def check_best_variance(
             ss = a_s**2*c + schedule.noise(s)**2                # variance of x_s
             want = (ss - (f*ss)**2/(f**2*ss + v)).item()        # conditioning the pair (x_s, x_t)
             got = float(best_variance(t, schedule, c, s))
+            small = v*(schedule.noise(s)/schedule.noise(t))**2
+            why = ""
+            if c and math.isclose(got, small, rel_tol=1e-6):
+                why = " (right for one point only: the doubt about x0 is missing)"
+            if math.isclose(got, v, rel_tol=1e-6):
+                why += " (that is the large variance, right for c = 1 only)"
             assert math.isclose(got, want, rel_tol=1e-6), (
-                f"t = {t}, s = {s}, c = {c}: got {got:.6g}, wanted {want:.6g}"
-                + (" (right for one point only: the doubt about x0 is missing)" if c and math.isclose(got, v*schedule.noise(s)**2/schedule.noise(t)**2) else "")
-                + (" (that is the large variance, right for c = 1 only)" if math.isclose(got, v) else ""))
+                f"t = {t}, s = {s}, c = {c}: got {got:.6g}, wanted {want:.6g}{why}")
 
 # %% ../nbs/20_posterior.ipynb #1c358f43
 #| code-fold: true
 def check_ancestral(
     ancestral: Callable,  # the reader's function: (denoise, x, schedule, generator) -> x at time 0
 ) -> None:
-    "Raise AssertionError, saying what is wrong, unless `ancestral` walks from T to 0 with fresh noise, none at the end."
+    "Raise AssertionError, saying what is wrong, unless it walks T...0, with no noise at the end."
     schedule, asked = linear_schedule(100), []
     def gaussian(x, t, c=.25):   # exact for data N(0, 0.25)
         asked.append(int(t))
@@ -112,11 +125,15 @@ def check_ancestral(
         slope, var = posterior(gaussian(one, t), one, t, schedule)
         want = (slope**2*want**2 + var).sqrt().item()
     asked.clear()
-    x = torch.randn(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    out = ancestral(gaussian, x, schedule, torch.Generator().manual_seed(1))
+    def seeded(n): return torch.Generator().manual_seed(n)
+    x = torch.randn(20_000, dtype=torch.float64, generator=seeded(0))
+    out = ancestral(gaussian, x, schedule, seeded(1))
     assert asked == list(range(100, 0, -1)), (
-        f"the denoiser was asked at t = {asked[:2]}...{asked[-2:]}, {len(asked)} times; wanted 100, 99, ..., 1, once each")
-    assert out.std() > .1, f"the samples have spread {out.std():.3f}, wanted about {want:.3f}: is the fresh noise missing?"
-    assert abs(out.std() - want) < 5*want/200, f"the samples have spread {out.std():.3f}, wanted {want:.3f} (small variance), within 5 standard errors"
-    left = (ancestral(lambda x, t: torch.full_like(x, .3), x, schedule, torch.Generator().manual_seed(1)) - .3).abs().max()
-    assert left < 1e-9, f"data of one point, 0.3, came out with an error of {left:.3g}: is there noise in the last step?"
+        f"the denoiser was asked at t = {asked[:2]}...{asked[-2:]}, {len(asked)} times; "
+        "wanted 100, 99, ..., 1, once each")
+    said = f"the samples have spread {out.std():.3f}, wanted"
+    assert out.std() > .1, f"{said} about {want:.3f}: is the fresh noise missing?"
+    assert abs(out.std() - want) < 5*want/200, f"{said} {want:.3f} within 5 standard errors"
+    left = (ancestral(lambda x, t: torch.full_like(x, .3), x, schedule, seeded(1)) - .3).abs().max()
+    assert left < 1e-9, (
+        f"one point, 0.3, came out with an error of {left:.3g}: is there noise in the last step?")
