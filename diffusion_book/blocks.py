@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def time_embedding(
     clock: Tensor,               # times spread over 0...1000, shape (batch,)
     dim: int = 64,               # how many numbers describe a time, even
-    max_period: float = 10_000,  # the slowest wave's period, over 2 pi
+    max_period: float = 10_000,  # no wave takes longer than 2 pi times this
 ) -> Tensor:                     # cosines then sines of the clock, shape (batch, dim), float32
     "Describe a time by waves of geometrically spaced frequencies (Vaswani et al. 2017, sec. 3.5)."
     if dim < 2 or dim % 2: raise ValueError(f"dim: got {dim}, wanted an even number of at least 2")
