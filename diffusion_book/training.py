@@ -147,6 +147,7 @@ def stop_politely() -> Iterator[dict]:  # {"stop": False} until Ctrl-C is presse
     finally: ours and signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/41_training.ipynb #e0c484f4
+#| code-fold: true
 class Monitor:
     "Follows a run: its clock, its losses, its bar and its checkpoints."
     FORMAT = "{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left{postfix}"
