@@ -120,7 +120,7 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     noted = json.loads((tmp_path/"a.json").read_text())
     assert (noted["model"], noted["n"], noted["steps"], noted["seed"]) == ("fashion", 2, 3, 4)
-    for args, wanted in ((("--model", "nobody"), "name: got 'nobody', wanted one of"), (("--sampler", "magic"), "sampler: got 'magic'"),
+    for args, wanted in ((("--model", "nobody"), "name: got 'nobody', wanted fashion"), (("--sampler", "magic"), "sampler: got 'magic'"),
                          (("--out", "a.bmp"), "out: got 'a.bmp'"), (("--steps", "0"), "n: got 0 moves"), (("--n", "0"), "n: got 0"),
                          (("--device", "abacus"), "device: got 'abacus'")):
         bad = run(*args, *(() if "--out" in args else ("--out", str(tmp_path/"b.png"))))
