@@ -231,6 +231,20 @@ def logsnr(self: Schedule,
     "Logarithm of the signal-to-noise ratio (Kingma et al. 2021, eq. 3)."
     return 2*(self.signal(t).log() - self.noise(t).log())
 
+# %% ../nbs/14_schedules.ipynb #58ad3d85
+@patch
+def time_at(self: Schedule,
+    logsnr: float | Tensor,  # logarithms of signal^2/noise^2, any shape; infinite ones too
+) -> Tensor:                 # times in [0, T], same shape, float64
+    "The time at which `logsnr` is reached: its inverse, found by halving; 0 or T where beyond."
+    target = torch.as_tensor(logsnr, dtype=torch.float64)
+    low, high = torch.zeros_like(target), torch.full_like(target, self.T)
+    for _ in range(60):
+        middle = (low + high)/2
+        late = self.logsnr(middle) <= target    # middle is at the time looked for, or after it
+        low, high = torch.where(late, low, middle), torch.where(late, middle, high)
+    return high
+
 # %% ../nbs/14_schedules.ipynb #a2bd44f8
 def zero_terminal_snr(
     schedule: DiscreteSchedule,   # any discrete schedule of at least 2 steps
@@ -253,6 +267,25 @@ def times(self: DiscreteSchedule,
     if not isinstance(n, Integral) or not 1 <= n <= self.T:
         raise ValueError(f"n: got {n!r} moves, wanted a whole number from 1 to T = {self.T}")
     return torch.linspace(self.T, 0, n + 1, dtype=torch.float64).round().long()
+
+# %% ../nbs/14_schedules.ipynb #5a12bda1
+@patch
+def random_times(self: Schedule,
+    n: int,                                     # how many
+    generator: torch.Generator | None = None,   # where they are drawn from, and on which device
+) -> Tensor:                                    # times in (0, T], shape (n,)
+    "Times to train at, all equally likely: never 0, where there is nothing to learn."
+    device = generator.device if generator else "cpu"
+    return self.T*(1 - torch.rand(n, generator=generator, device=device))
+
+@patch
+def random_times(self: DiscreteSchedule,
+    n: int,                                     # how many
+    generator: torch.Generator | None = None,   # where they are drawn from, and on which device
+) -> Tensor:                                    # whole times 1...T, shape (n,), int64
+    "Steps to train at, each of 1...T equally likely (Ho et al. 2020, algorithm 1)."
+    device = generator.device if generator else "cpu"
+    return torch.randint(1, self.T + 1, (n,), generator=generator, device=device)
 
 # %% ../nbs/14_schedules.ipynb #3a332b8a
 #| code-fold: true
