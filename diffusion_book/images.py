@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FASHION_URL', 'FASHION_FILES', 'check_images', 'read_idx', 'fetch_fashion', 'load_full_fashion', 'load_digits_images',
-           'load_images', 'draw_images', 'pick_device', 'pick_precision']
+           'load_images', 'draw_images', 'pick_device', 'pick_precision', 'stop_politely']
 
 # %% ../nbs/40_images.ipynb #c14986aa
 import gzip
@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import platform
+import signal
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,6 +217,19 @@ def whole_or_nothing(
     except (OSError, SafetensorError) as e:
         raise OSError(f"could not write {path} ({e}); what stood there is untouched") from e
     finally: beside.unlink(missing_ok=True)
+
+# %% ../nbs/40_images.ipynb #fcfd8aa6
+@contextmanager
+def stop_politely() -> Iterator[dict]:  # {"stop": False} until Ctrl-C is pressed
+    "Let Ctrl-C finish the step in hand; a second one stops at once."
+    asked = {"stop": False}
+    def ask(*_):
+        if asked["stop"]: raise KeyboardInterrupt
+        asked["stop"] = True
+    ours = threading.current_thread() is threading.main_thread()    # else Ctrl-C is not for us
+    before = signal.signal(signal.SIGINT, ask) if ours else None
+    try: yield asked
+    finally: ours and signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/40_images.ipynb #c8094973
 def write_json(path: Path, notes: dict) -> None:

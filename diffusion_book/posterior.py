@@ -54,15 +54,17 @@ def reverse_step(
     t: int | float | Tensor,                    # time of xt, in (0, T], one or one per image
     schedule: Schedule,                         # gives signal and noise
     s: int | float | Tensor | None = None,      # time to go to, 0 <= s < t; None is t - 1
-    variance: str = "small",                    # "small": posterior's; "large": forward step's
+    variance: str | Tensor = "small",           # "small": posterior's; "large": forward step's; or
+                                                # numbers of your own, which broadcast over xt
     generator: torch.Generator | None = None,   # where the fresh noise is drawn from
 ) -> Tensor:                                    # x_s, same shape; at s = 0 no noise is added
     "One step back: draw x_s as if `x0_hat` were the truth (Ho et al. 2020, algorithm 2)."
-    if variance not in ("small", "large"):
-        raise ValueError(f'variance: got {variance!r}, wanted "small" or "large"')
+    if not isinstance(variance, Tensor) and variance not in ("small", "large"):
+        raise ValueError(f'variance: got {variance!r}, wanted "small", "large" or a tensor')
     mean, var = posterior(x0_hat, xt, t, schedule, s)
     _, v, s = step_between(t, schedule, s)
-    if variance == "large": var = like(v, xt)
+    if isinstance(variance, Tensor): var = variance.to(xt)
+    elif variance == "large": var = like(v, xt)
     s = torch.as_tensor(s)
     if bool((s == 0).all()): return mean
     noise = torch.randn(xt.shape, generator=generator, dtype=xt.dtype, device=xt.device)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_book.ideal import GaussianMixture, MixtureDenoiser
-from diffusion_book.sampling import Step, ddpm, descending, sample, save_pictures
+from diffusion_book.posterior import posterior
+from diffusion_book.sampling import Step, ddpm, descending, find_sampler, sample, save_pictures
 from diffusion_book.schedules import cosine_schedule, linear_schedule, sigmoid_schedule, zero_terminal_snr
 
 SCHEDULE = linear_schedule()
@@ -87,7 +88,32 @@ def test_sample_takes_noise_or_shape():
     def run(x): return sample(denoise, x, SCHEDULE, steps=5, generator=torch.Generator().manual_seed(0), progress=False)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3, 1, 2, 2, generator=g)
+    x = x*SCHEDULE.noise(SCHEDULE.T).float()    # the first noise is as strong as the schedule's at T
     assert torch.equal(run((3, 1, 2, 2)), sample(denoise, x, SCHEDULE, steps=5, generator=g, progress=False))
+
+
+def test_sample_takes_times():
+    denoise = MixtureDenoiser(GaussianMixture(torch.zeros(1, 1, 2, 2), .5), SCHEDULE)
+    def run(**how): return sample(denoise, (3, 1, 2, 2), SCHEDULE, generator=torch.Generator().manual_seed(0), progress=False, **how)
+    assert torch.equal(run(steps=5), run(times=SCHEDULE.times(5)))
+    with pytest.raises(ValueError, match="^steps, times: got 5 and 6 times"): run(steps=5, times=SCHEDULE.times(5))
+    with pytest.raises(ValueError, match="^times: got"): run(times=torch.tensor([0, 5]))
+
+
+def test_learned_variance_is_asked_of_the_denoiser():
+    class Doubtful(MixtureDenoiser):
+        def variance(self, xt, t, s): return 2*posterior(xt, xt, t, SCHEDULE, s)[1].expand_as(xt)
+    denoise = Doubtful(GaussianMixture(torch.zeros(1, 2), .5), SCHEDULE)
+    def last(variance):
+        x, g = torch.ones(20_000, 2), torch.Generator().manual_seed(0)
+        return next(ddpm(denoise, x, SCHEDULE, torch.tensor([50, 40]), generator=g, variance=variance)).x
+    ratio = last("learned").var()/last("small").var()
+    assert abs(ratio - 2) < 1e-4, "same noise, twice the variance"
+
+
+def test_samplers_by_name():
+    assert find_sampler("ddpm") is ddpm
+    with pytest.raises(ValueError, match="^sampler: got 'magic', wanted one of ddpm"): find_sampler("magic")
 
 
 @pytest.mark.parametrize("times", [[5], [5, 5], [0, 5], [[5, 0]], [1001, 0], [5, -1]])

@@ -57,6 +57,23 @@ def test_draw_batch_covers_every_time():
     assert ((counts - 400).abs() < 5*(4000*.1*.9)**.5).all()   # five standard deviations
     assert abs(eps.mean()) < 5/eps.numel()**.5 and abs(eps.std() - 1) < 5/(2*eps.numel())**.5
 
+def test_loss_and_times_can_be_exchanged(tmp_path):
+    "Both are called as promised, and a run goes on only with the ones that it began with."
+    seen = []
+    def late(n, generator): return torch.full((n,), 900, device=generator.device)
+    def doubled(denoise, x0, t, eps): return seen.append(t) or 2*simple_loss(denoise, x0, t, eps)
+    T.train(fresh(), DIGITS, tmp_path, steps=2, loss=doubled, draw_times=late, **QUIET)
+    assert len(seen) == 2 and all(t.tolist() == [900]*8 for t in seen)
+    with pytest.raises(ValueError, match="draw_times was late, now random_times"):
+        T.train(fresh(), DIGITS, tmp_path, steps=4, loss=doubled, resume=True, **QUIET)
+
+def test_only_a_plain_denoiser_is_stored(tmp_path):
+    class Other(Denoiser): pass
+    plain = fresh()
+    other = Other(plain.net, plain.schedule, "v")
+    with pytest.raises(TypeError, match="denoise: got a Other"): T.save_model(tmp_path/"m", other)
+    assert not (tmp_path/"m").exists()
+
 def test_training_lowers_the_loss():
     denoise, x = fresh(), DIGITS
     def loss(net): return simple_loss(Denoiser(net, denoise.schedule, "v"), x, 500, generator=torch.Generator().manual_seed(9)).mean().item()
