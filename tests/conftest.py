@@ -4,9 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+settings.register_profile("book", deadline=None, derandomize=True, max_examples=60)   # a busy machine is no failure
+settings.load_profile("book")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"tools"))   # the tools are tested as the modules they are

@@ -7,9 +7,6 @@ from hypothesis import given, settings, strategies as st
 
 from diffusion_book.forward import check_half_life, check_step, check_variance_after, forward_step, forward_walk
 
-settings.register_profile("book", deadline=None, derandomize=True)   # a busy machine is no failure
-settings.load_profile("book")
-
 unit = st.floats(0, 1, allow_nan=False)
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=4).map(tuple)
 def rng(seed): return torch.Generator().manual_seed(seed)

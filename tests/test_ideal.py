@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_book.ideal import FiniteDenoiser, GaussianMixture, MixtureDenoiser, sliced_wasserstein
@@ -13,8 +13,6 @@ from diffusion_book.schedules import cosine_schedule, linear_schedule, noise_to,
 LINEAR, COSINE = linear_schedule(), cosine_schedule()
 SCHEDULES = [LINEAR, COSINE, sigmoid_schedule(), zero_terminal_snr(LINEAR)]
 schedules = st.sampled_from(range(len(SCHEDULES)))
-settings.register_profile("book", deadline=None, max_examples=60)   # a busy machine is no fault
-settings.load_profile("book")
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
 def normal(*shape, seed=0, dtype=torch.float64): return torch.randn(shape, generator=seeded(seed), dtype=dtype)

@@ -9,8 +9,6 @@ from hypothesis import given, settings, strategies as st
 from diffusion_book.forward import forward_step, forward_walk
 from diffusion_book.jump import check_jump_between, check_recover, check_running_product, jump
 
-settings.register_profile("book", deadline=None, derandomize=True)   # a busy machine is no failure
-settings.load_profile("book")
 
 unit = st.floats(0, 1, allow_nan=False)
 shapes = st.lists(st.integers(1, 4), min_size=0, max_size=4).map(tuple)

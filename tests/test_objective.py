@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
@@ -19,8 +19,6 @@ SCHEDULES = [LINEAR, COSINE, sigmoid_schedule(), scaled_linear_schedule()]
 kinds, number = st.sampled_from(PREDICTIONS), st.floats(-5, 5)
 positive = st.floats(.01, 100)
 
-settings.register_profile("book", deadline=None, max_examples=60)   # a busy machine is no fault
-settings.load_profile("book")
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
 def batch(n=4, seed=0, dtype=torch.float64): return torch.randn(2, n, 3, generator=seeded(seed), dtype=dtype)

@@ -10,8 +10,6 @@ from diffusion_book import pictures
 from diffusion_book.pictures import (CLASS_NAMES, PALETTE, at_scale, book_style, check_centroids, check_nearest,
                                      check_unit_to_uint8, film, from_uint8, image_grid, load_fashion, show_images, to_uint8)
 
-settings.register_profile("book", deadline=None, derandomize=True)   # a busy machine is no failure
-settings.load_profile("book")
 
 floats = st.floats(allow_nan=False, allow_infinity=True, width=32)
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_book.ideal import GaussianMixture, MixtureDenoiser, sliced_wasserstein
@@ -13,8 +13,6 @@ from diffusion_book.schedules import cosine_schedule, noise_to
 from diffusion_book.toys import (JITTER, ToyMLP, check_gaussian_floor, check_ring, check_share_of_copies, check_toy_net,
                                  moons, moons_curve, swiss_roll, swiss_roll_curve)
 
-settings.register_profile("book", deadline=None, derandomize=True)   # a busy machine is no failure
-settings.load_profile("book")
 
 SHAPES = [(moons, moons_curve), (swiss_roll, swiss_roll_curve)]
 both = pytest.mark.parametrize("draw, curve", SHAPES, ids=["moons", "swiss_roll"])
