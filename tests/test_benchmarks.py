@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"benchmarks"))
-import speed
+import peers, samplers, speed
+from diffusion_book.pictures import load_fashion
 
 def run(script, *args):
     done = subprocess.run([sys.executable, str(ROOT/"benchmarks"/script), *map(str, args)], cwd=ROOT, capture_output=True, text=True,
@@ -52,6 +53,25 @@ def test_quality_runs(tmp_path):
     assert [r["name"] for r in result["rows"]] == [speed.OURS, speed.RIVAL] and all(r["steps"] >= 1 for r in result["rows"])
     assert all(set(r["x0_error"]) == {f"{o:g}" for o in result["log_snr_levels"]} for r in result["rows"])
     assert (tmp_path/"quality.png").read_bytes()[:4] == b"\x89PNG"
+
+@pytest.mark.parametrize("name", ["diffusion_book", "diffusers"])
+def test_contestants_train_and_draw(name):
+    draw, steps, seen = peers.MAKERS[name](load_fashion()[0][:100], .001, 0)
+    x = peers.in_parts(draw, 2)(3, 2)
+    assert x.shape == (3, 1, 28, 28) and x.isfinite().all() and steps >= 1 and seen >= 64*steps
+
+def test_table_of_peers_shows_intervals_and_floor():
+    score = dict(value=1.5, interval=(1.25, 1.75), floor=.125)
+    row = dict(name="somebody", steps=1000, images_seen=64_000, scores={k: score for k in peers.COLUMNS})
+    page = peers.table(dict(minutes=10., evaluations=50, n=2000, rows=[row]))
+    assert "| somebody | 1,000 | 64,000 | 1.5 (1.25 to 1.75) |" in page and "| as many training images |  |  | 0.125 |" in page
+
+@pytest.mark.parametrize("name", samplers.WALKS)
+def test_every_sampler_of_the_figure_keeps_to_its_budget(name):
+    for budget in (1, 4):
+        x, calls, _ = samplers.draw(name, budget, n=2, seed=0, batch=2)
+        assert x.shape == (2, 1, 28, 28) and x.isfinite().all()
+        assert budget - 1 <= calls <= budget, f"{calls} evaluations for a budget of {budget}"
 
 def stored(name):
     path = ROOT/"benchmarks"/"results"/name
