@@ -64,7 +64,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.head(self.features(x))
 
-# %% ../nbs/50_classifier.ipynb #88e49efa
+# %% ../nbs/50_classifier.ipynb #ac2daaf3
 def draw_augment(
     images: Tensor,             # shape (n, channels, height, width)
     generator: torch.Generator, # on the images' device
@@ -84,6 +84,7 @@ def draw_augment(
     holes = (inside[0][:, :, None] & inside[1][:, None] & chance(n, 1, 1))[:, None]
     return rows, torch.where(flip, w - 1 - cols, cols), holes
 
+# %% ../nbs/50_classifier.ipynb #2ed77c11
 def augment(
     images: Tensor,             # in [-1, 1], shape (n, channels, height, width)
     generator: torch.Generator, # on the images' device
@@ -198,3 +199,44 @@ def load_classifier(
     net = fill(Classifier(**card["net"]), read_tensors(path)[0], path).eval().requires_grad_(False)
     net.card = card
     return net.float().to(memory_format=torch.channels_last)
+
+# %% ../nbs/50_classifier.ipynb #de6c310d
+#| code-fold: true
+def check_confusion(your_function: Callable) -> None:
+    "Raise AssertionError, saying what is wrong, unless the function counts pairs of classes."
+    named, labels = torch.tensor([0, 2, 2, 1, 2]), torch.tensor([0, 0, 0, 1, 1])
+    got = your_function(named, labels, 4)
+    assert got.shape == (4, 4), f"got shape {tuple(got.shape)} for 4 classes, wanted (4, 4)"
+    assert got.sum() == 5, f"the entries sum to {got.sum():g}, wanted one for each of 5 pictures"
+    assert got[2, 0] != 2, "rows are the true class and columns the name: yours is turned over"
+    want = torch.tensor([[1, 0, 2, 0], [0, 1, 1, 0], [0]*4, [0]*4])
+    assert torch.equal(got.long(), want), f"got {got.tolist()}, wanted {want.tolist()}"
+
+# %% ../nbs/50_classifier.ipynb #586e9fb2
+#| code-fold: true
+def check_both_ways(your_function: Callable) -> None:
+    "Raise AssertionError, saying what is wrong, unless it averages over a picture and its mirror."
+    def net(x): return torch.stack([9*x[..., 0].sum((1, 2)), 3*x[..., -1].sum((1, 2))], dim=1)
+    x = torch.tensor([[[[1., 0, 0], [0, 0, 0]]], [[[0., .5, 2], [1, 0, 0]]]])
+    got = your_function(net)(x)
+    assert got.shape == (2, 2), f"got shape {tuple(got.shape)}, wanted one row an image, (2, 2)"
+    sums = got.sum(1)
+    assert torch.allclose(sums, torch.ones(2)), (
+        f"rows sum to {sums.tolist()}, wanted 1: average probabilities (softmax), not logits")
+    assert torch.allclose(got, your_function(net)(x.flip(3))), (
+        "a picture and its mirror image get different answers: turn the last dimension over")
+    want = (net(x).softmax(1) + net(x.flip(3)).softmax(1))/2
+    assert torch.allclose(got, want), "take the softmax of each first, and then the mean"
+
+# %% ../nbs/50_classifier.ipynb #9c348efe
+#| code-fold: true
+def check_within_share(your_function: Callable) -> None:
+    "Raise AssertionError, saying what is wrong, unless it compares class means with the mean of all."
+    x = torch.tensor([[0., 0], [2, 0], [10, 0], [10, 4], [10, 2]])
+    labels = torch.tensor([0, 0, 3, 3, 3])
+    got = float(your_function(x, labels))
+    assert got == got, "got NaN: some classes have no picture"
+    assert abs(float(your_function(x + 100, labels)) - got) < 1e-4, (
+        "moving all features by the same amount changed it: subtract the mean of all below the line")
+    assert abs(got - 10/(10 + 97.2)) < 1e-4, f"got {got:.4f}, wanted {10/(10 + 97.2):.4f}"
+    assert float(your_function(x, torch.arange(5))) < 1e-6, "each its own class: nothing is within"
