@@ -192,6 +192,19 @@ def test_learned_mixes():
     with pytest.raises(ValueError, match="net: gave"): LearnedVariance(None, lambda x, c, k: x[:1], s).variance(x, 5, 4)
     with pytest.raises(ValueError, match="variance: got 'medium'"): variance_of("medium", x, 5, s)
 
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_learned_range_equals_diffusers(name):
+    "Their output runs from -1 to 1, ours from 0 to 1; their time is ours less one."
+    diffusers = pytest.importorskip("diffusers")
+    ours = MADE[name]
+    s = diffusers.DDPMScheduler(clip_sample=False, variance_type="learned_range")
+    s.betas, s.alphas, s.alphas_cumprod = ours.beta[1:], ours.alpha[1:], ours.abar[1:]
+    s.one, x = torch.tensor(1., dtype=torch.float64), torch.zeros(1, 1).double()
+    for v in (-1., -.3, .5, 1.):
+        for t in (2, 3, 50, 500, 999):
+            want = s._get_variance(t - 1, predicted_variance=torch.tensor(v, dtype=torch.float64))
+            near(LearnedVariance(None, Zero((v + 1)/2), ours).variance(x, t, t - 1).detach().log(), want, 1e-5)
+
 @pytest.mark.parametrize("mix", ["log", "doubt"])
 def test_the_loss_has_its_least_value_at_the_right_variance_and_leaves_the_mean_alone(mix):
     s, g = cosine_schedule(), rng()
