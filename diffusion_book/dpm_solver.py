@@ -19,13 +19,13 @@ from .schedules import Schedule, like
 def half_logsnr(
     t: int | float | Tensor,    # times in [0, T], any shape
     schedule: Schedule,         # gives logsnr(t)
-) -> Tensor:                    # lambda = log(signal/noise), same shape, float64
+) -> Tensor:                    # ell = log(signal/noise), same shape, float64
     "The clock of the solver: half of the log-SNR (Lu et al. 2022a, sec. 3.1)."
     return schedule.logsnr(t)/2
 
 # %% ../nbs/55_dpm_solver.ipynb #86757ae0
 def moments(
-    h: float,       # length of the move in lambda, above 0
+    h: float,       # length of the move in ell, above 0
     n: int,         # how many, at least 1
 ) -> list[float]:   # integrals of e^(u-h) u^k/k! over u from 0 to h, for k = 0...n-1
     "What each term of the Taylor series weighs in one move (Lu et al. 2022a, app. B)."
@@ -37,8 +37,8 @@ def moments(
 RULES = ("midpoint", "exact", "bh1", "halved")
 
 def node_weights(
-    offsets: Sequence[float],   # places where x0_hat is known: distances in lambda, the first is 0
-    h: float,                   # length of the move in lambda, above 0 and finite
+    offsets: Sequence[float],   # places where x0_hat is known: distances in ell, the first is 0
+    h: float,                   # length of the move in ell, above 0 and finite
     rule: str = "exact",        # one of RULES; all but "exact" change the last moment
 ) -> list[float]:               # one weight a place; together they are 1 - e^-h
     "Weights that integrate e^(u-h) times any polynomial of degree n-1 exactly."
@@ -59,10 +59,10 @@ def leap(
     looks: Sequence[tuple[Tensor, Tensor]],     # pairs (time, x0_hat there), the first at t itself
     rule: str = "midpoint",                     # one of RULES
 ) -> Tensor:                                    # the sample at time s, x's shape
-    "Solve the ODE from `t` to `s` with x0_hat a polynomial in lambda through the looks."
-    lam = half_logsnr(t, schedule).item()
-    h = half_logsnr(s, schedule).item() - lam
-    known = [(half_logsnr(u, schedule).item() - lam, x0_hat) for u, x0_hat in looks[1:]]
+    "Solve the ODE from `t` to `s` with x0_hat a polynomial in ell through the looks."
+    ell = half_logsnr(t, schedule).item()
+    h = half_logsnr(s, schedule).item() - ell
+    known = [(half_logsnr(u, schedule).item() - ell, x0_hat) for u, x0_hat in looks[1:]]
     known = [(o, x0_hat) for o, x0_hat in known if math.isfinite(o) and math.isfinite(h)]
     offsets = [0., *(o for o, _ in known)]
     weights = node_weights(offsets, h, rule) if math.isfinite(h) else [1.]
@@ -72,21 +72,21 @@ def leap(
 
 # %% ../nbs/55_dpm_solver.ipynb #e2f4390f
 def move_orders(
-    lam: Sequence[float],                   # lambda at each of the times
+    ell: Sequence[float],                   # ell at each of the times
     order: int,                             # the order wanted: 1, 2 or 3
     singlestep: bool = False,               # groups of `order` moves instead of past looks
     lower_order_final: bool | None = None,  # end in lower orders; None: with fewer than 15 moves
 ) -> list[int]:                             # the order of each move
     "Lower orders where a higher one has nothing to stand on: at the start and at the end."
     if order not in (1, 2, 3): raise ValueError(f"order: got {order!r}, wanted 1, 2 or 3")
-    if not all(map(math.isfinite, lam[1:-1])):
-        raise ValueError(f"times: got log-SNRs {[2*v for v in lam][:8]}, "
+    if not all(map(math.isfinite, ell[1:-1])):
+        raise ValueError(f"times: got log-SNRs {[2*v for v in ell][:8]}, "
                          "wanted finite ones between the first and the last")
-    n, order, alone = len(lam) - 1, int(order), int(math.isinf(lam[0]))
+    n, order, alone = len(ell) - 1, int(order), int(math.isinf(ell[0]))
     lower = n < 15 if lower_order_final is None else lower_order_final
     if singlestep: orders = [1]*alone + [i % order + 1 for i in range(n - alone)]
     else: orders = [min(order, i + 1, n - i if lower else order) for i in range(n)]
-    return orders[:-1] + [1 if lower or math.isinf(lam[-1]) else orders[-1]]
+    return orders[:-1] + [1 if lower or math.isinf(ell[-1]) else orders[-1]]
 
 # %% ../nbs/55_dpm_solver.ipynb #7cb41b74
 def _chosen(
@@ -125,8 +125,8 @@ def dpm_solver(
     "DPM-Solver++ (Lu et al. 2022b), one look at the denoiser a move."
     times = descending(times, schedule)
     _checked(rule, "rule", ("midpoint", "exact", "halved"))
-    lam, looks = half_logsnr(times, schedule).tolist(), []
-    orders = move_orders(lam, order, singlestep, lower_order_final)
+    ell, looks = half_logsnr(times, schedule).tolist(), []
+    orders = move_orders(ell, order, singlestep, lower_order_final)
     for t, s, k in zip(times[:-1], times[1:], orders):
         if k == 1 or not singlestep: start = x, t
         if k == 1 and singlestep: looks = []
@@ -152,11 +152,11 @@ def unipc(
     "UniPC, predictor and corrector (Zhao et al. 2023, algorithms 5 to 8), one look a move."
     times = descending(times, schedule)
     rule = {"bh1": "bh1", "bh2": "midpoint"}[_checked(variant, "variant", ("bh1", "bh2"))]
-    lam, looks, last = half_logsnr(times, schedule).tolist(), [], None
-    orders = move_orders(lam, order, False, lower_order_final)
+    ell, looks, last = half_logsnr(times, schedule).tolist(), [], None
+    orders = move_orders(ell, order, False, lower_order_final)
     for i, (t, s, k) in enumerate(zip(times[:-1], times[1:], orders)):
         x0_hat = ask(denoise, x, t, cond)
-        if corrector and last and math.isfinite(lam[i - 1]):
+        if corrector and last and math.isfinite(ell[i - 1]):
             x = leap(*last, t, schedule, [*looks[:orders[i - 1]], (t, x0_hat)], rule)
         looks, last = [(t, x0_hat), *looks[:2]], (x, t)
         x = leap(x, t, s, schedule, looks[:k], rule)
@@ -198,7 +198,7 @@ def check_second_order(second_order: Callable) -> None:
                 "the slope has the wrong sign: it is (x0_t - x0_u) over the way from u to t")
             off = min((got - w).abs().max().item() for w in wanted)
             assert off < 1e-8, (f"off by {off:.2g} from t = {t} to {s}: measure all lengths in "
-                                "lambda, half of the log-SNR, not in t")
+                                "ell, half of the log-SNR, not in t")
 
 # %% ../nbs/55_dpm_solver.ipynb #033515fc
 #| code-fold: true

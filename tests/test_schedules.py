@@ -202,3 +202,12 @@ def test_noise_to_is_the_chapters_before():
         mean = forward_step(mean, s.beta[t].item(), torch.zeros_like(x0))
         factor = s.alpha[t]*factor + s.beta[t]
     near(mean, s.signal(77)*x0); near(factor, torch.full_like(x0, s.noise(77)**2))
+
+
+@pytest.mark.parametrize("config", [dict(name="vp", beta_min=.2, beta_max=15.), dict(name="edm", sigma_max=50.), dict(name="flow", shift=3.)])
+def test_schedules_of_later_chapters_travel_too(config):
+    made = schedule_from_config(config)
+    again = schedule_from_config(json.loads(json.dumps(made.config)))
+    t = torch.linspace(.1, 1, 5, dtype=torch.float64)*made.T
+    assert type(again) is type(made) and {**made.config, **config} == made.config
+    assert torch.equal(again.signal(t), made.signal(t)) and torch.equal(again.noise(t), made.noise(t))

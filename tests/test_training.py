@@ -72,6 +72,7 @@ def test_only_a_plain_denoiser_is_stored(tmp_path):
     plain = fresh()
     other = Other(plain.net, plain.schedule, "v")
     with pytest.raises(TypeError, match="denoise: got a Other"): T.save_model(tmp_path/"m", other)
+    with pytest.raises(TypeError, match="denoise: got a Other"): T.train(other, DIGITS, tmp_path/"m", steps=1, **QUIET)
     assert not (tmp_path/"m").exists()
 
 def test_training_lowers_the_loss():
