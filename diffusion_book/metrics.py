@@ -274,14 +274,6 @@ def frechet_draws(x: Tensor, y: Moments, w: Tensor) -> Tensor:
         out.append(squared_frechet(mean, cov, y.mean, y.cov, root_y))
     return torch.stack(out).clamp(min=0)
 
-# %% ../nbs/51_metrics.ipynb #a65a45fa
-NAMES = dict(frechet=("Frechet classifier distance", "lower", (0, None)),
-             kid=("kernel distance", "lower", (-torch.inf, None)),
-             precision=("precision", "higher", (0, 1)),
-             recall=("recall", "higher", (0, 1)),
-             classes=("unevenness of classes", "lower", (0, 1)),
-             patches=("Frechet patch distance", "lower", (0, None)))
-
 # %% ../nbs/51_metrics.ipynb #8cca1c63
 def interval(draws: Tensor, bounds: tuple) -> tuple[float, float]:
     "95 % about the first of the draws: the spread of the others, moved to it."
@@ -289,6 +281,14 @@ def interval(draws: Tensor, bounds: tuple) -> tuple[float, float]:
     if not len(rest): return float("nan"), float("nan")
     ends = torch.quantile(rest - rest.mean(), torch.tensor([.025, .975], dtype=rest.dtype)) + value
     return tuple(ends.clamp(*bounds).tolist())
+
+# %% ../nbs/51_metrics.ipynb #a65a45fa
+NAMES = dict(frechet=("Frechet classifier distance", "lower", (0, None)),
+             kid=("kernel distance", "lower", (-torch.inf, None)),
+             precision=("precision", "higher", (0, 1)),
+             recall=("recall", "higher", (0, 1)),
+             classes=("unevenness of classes", "lower", (0, 1)),
+             patches=("Frechet patch distance", "lower", (0, None)))
 
 # %% ../nbs/51_metrics.ipynb #f7f7c08c
 def views(images: Tensor) -> dict[str, Tensor]:
