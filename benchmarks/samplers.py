@@ -22,7 +22,7 @@ from machine import machine, write_json
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/"nbs"/"results"/"samplers.json"
 BUDGETS = 1, 2, 4, 8, 16, 50
-SPACINGS = dict(even=lambda s, n: s.times(n), karras=karras_times, logsnr=logsnr_times)
+SPACINGS = dict(even=lambda s, n: s.times(n), karras=karras_times, logsnr=lambda s, n: logsnr_times(s, n, high=5.))
 # name: sampler, its options, spacing of its times, model
 WALKS = {
     "ancestral": ("ddpm", {}, "even", "fashion"),
@@ -34,8 +34,8 @@ WALKS = {
     "DPM-Solver++ 2, log-SNR": ("dpm_solver", dict(order=2), "logsnr", "fashion"),
     "DPM-Solver++ 3": ("dpm_solver", dict(order=3), "even", "fashion"),
     "DPM-Solver++ 3, log-SNR": ("dpm_solver", dict(order=3), "logsnr", "fashion"),
-    "UniPC 2": ("unipc", dict(order=2), "even", "fashion"),
-    "UniPC 3": ("unipc", dict(order=3), "even", "fashion"),
+    "UniPC 2, log-SNR": ("unipc", dict(order=2), "logsnr", "fashion"),
+    "UniPC 3, log-SNR": ("unipc", dict(order=3), "logsnr", "fashion"),
     "consistency": ("consistency", {}, "even", "fashion_one_step"),
 }
 REFERENCE = "ancestral"     # with every step of the schedule
