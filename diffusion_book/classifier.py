@@ -47,7 +47,7 @@ class Classifier(nn.Module):
     def __init__(self,
         channels: int = 1,                                  # of the images
         classes: int = 10,                                  # how many there are
-        width: tuple[int, int, int] = (32, 64, 128),        # channels on the way; the last: features
+        width: tuple[int, int, int] = (32, 64, 128),        # channels; the last are the features
     ):
         super().__init__()
         a, b, c = width
@@ -231,12 +231,12 @@ def check_both_ways(your_function: Callable) -> None:
 # %% ../nbs/50_classifier.ipynb #9c348efe
 #| code-fold: true
 def check_within_share(your_function: Callable) -> None:
-    "Raise AssertionError, saying what is wrong, unless it compares class means with the mean of all."
+    "Raise AssertionError, saying what is wrong, unless it compares two sums of squares."
     x = torch.tensor([[0., 0], [2, 0], [10, 0], [10, 4], [10, 2]])
     labels = torch.tensor([0, 0, 3, 3, 3])
     got = float(your_function(x, labels))
     assert got == got, "got NaN: some classes have no picture"
     assert abs(float(your_function(x + 100, labels)) - got) < 1e-4, (
-        "moving all features by the same amount changed it: subtract the mean of all below the line")
-    assert abs(got - 10/(10 + 97.2)) < 1e-4, f"got {got:.4f}, wanted {10/(10 + 97.2):.4f}"
+        "moving all features alike changed it: subtract the mean of all below the line")
+    assert abs(got - 10/112) < 1e-4, f"got {got:.4f}, wanted {10/112:.4f}"
     assert float(your_function(x, torch.arange(5))) < 1e-6, "each its own class: nothing is within"
