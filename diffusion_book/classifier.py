@@ -39,7 +39,11 @@ class Residual(nn.Module):
         super().__init__()
         self.body = nn.Sequential(conv_norm(channels, channels), conv_norm(channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor: return x + self.body(x)
+    def forward(self,
+        x: Tensor,  # shape (batch, channels, height, width)
+    ) -> Tensor:    # the same shape
+        "The input and what the two convolutions make of it."
+        return x + self.body(x)
 
 # %% ../nbs/50_classifier.ipynb #cc13c2d5
 class Classifier(nn.Module):
@@ -62,7 +66,11 @@ class Classifier(nn.Module):
         "What the network has seen, before it names a class."
         return self.body(x).mean(dim=(2, 3))
 
-    def forward(self, x: Tensor) -> Tensor: return self.head(self.features(x))
+    def forward(self,
+        x: Tensor,  # images in [-1, 1], shape (n, channels, height, width)
+    ) -> Tensor:    # one number a class (logits), shape (n, classes)
+        "What the classifier makes of images."
+        return self.head(self.features(x))
 
 # %% ../nbs/50_classifier.ipynb #ac2daaf3
 def draw_augment(
@@ -99,7 +107,7 @@ def augment(
     return torch.where(holes, 0., moved)
 
 # %% ../nbs/50_classifier.ipynb #342bdd42
-def check_labels(labels: Tensor, n: int, name: str = "labels") -> Tensor:
+def require_labels(labels: Tensor, n: int, name: str = "labels") -> Tensor:
     "Raise an error unless these are n whole numbers from 0 on."
     good = isinstance(labels, Tensor) and labels.shape == (n,) and labels.dtype == torch.int64
     if good and n and labels.min() >= 0: return labels
@@ -150,7 +158,7 @@ def train_classifier(
     progress: bool = True,              # show a bar
 ) -> Classifier:                        # the trained network, in eval mode, its weights frozen
     "Train a classifier from scratch, with one cycle of the learning rate (Smith and Topin 2019)."
-    check_labels(labels, len(check_images(images)))
+    require_labels(labels, len(check_images(images)))
     if epochs < 1 or batch_size < 2: raise ValueError(
         f"epochs, batch_size: got {epochs}, {batch_size}, wanted at least 1 and 2")
     device, batch = images.device, min(batch_size, len(images))
@@ -183,7 +191,7 @@ def accuracy(
     labels: Tensor,     # (n,), int64
 ) -> float:             # share of images whose largest number is their label's, 0 to 1
     "How often a classifier is right."
-    check_labels(labels, len(check_images(images)))
+    require_labels(labels, len(check_images(images)))
     return (in_batches(net, images).argmax(1) == labels).double().mean().item()
 
 # %% ../nbs/50_classifier.ipynb #f969ce1c

@@ -21,7 +21,7 @@ from fastcore.script import call_parse
 from torch import Tensor
 
 from .classifier import (
-    SHIPPED, accuracy, check_labels, in_batches, load_classifier, train_classifier)
+    SHIPPED, accuracy, require_labels, in_batches, load_classifier, train_classifier)
 from .images import check_images, load_full_fashion, read_tensors, write_json
 from .pictures import from_uint8, load_fashion, to_uint8
 from .sampling import find_model, find_sampler, sample
@@ -113,7 +113,7 @@ def squared_frechet(mean: Tensor, cov: Tensor, mean_b: Tensor, cov_b: Tensor,
     return (mean - mean_b).square().sum(-1) + trace - 2*cross
 
 # %% ../nbs/51_metrics.ipynb #59747f7d
-def check_pair(a: Moments, b: Moments) -> None:
+def require_pair(a: Moments, b: Moments) -> None:
     "Raise an error unless two sets have the same features, and more images than features."
     for name, m in (("a", a), ("b", b)):
         if not m.n: raise ValueError(f"{name}: got no images, wanted at least 2")
@@ -129,7 +129,7 @@ def frechet_distance(
     b: Moments,     # of the other, of the same features
 ) -> float:         # at least 0; 0 only for equal moments
     "Squared Frechet distance of two Gaussians with these moments (Dowson and Landau 1982)."
-    check_pair(a, b)
+    require_pair(a, b)
     return max(0., squared_frechet(a.mean, a.cov, b.mean, b.cov, root(b.cov)).item())
 
 # %% ../nbs/51_metrics.ipynb #000153c4
@@ -181,7 +181,7 @@ def kernel_draws(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return within(x, w) + within(y, ones) - 2*cross
 
 # %% ../nbs/51_metrics.ipynb #b05783b5
-def check_two(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
+def require_two(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
     "Two sets of features of one width, each of at least so many rows."
     x, y = check_features(x, "x"), check_features(y, "y")
     if x.shape[1] != y.shape[1]: raise ValueError(
@@ -196,7 +196,7 @@ def kernel_distance(
     y: Tensor,  # features of the other, shape (m, features), m at least 2
 ) -> float:     # 0 on average for sets of one kind, so it may come out below 0
     "Squared kernel distance, KID: no bias from n (Binkowski et al. 2018, sec. 4)."
-    x, y = check_two(x, y, 2)
+    x, y = require_two(x, y, 2)
     return kernel_draws(x, y, torch.ones(len(x), 1, dtype=x.dtype)).item()
 
 # %% ../nbs/51_metrics.ipynb #714c41e4
@@ -223,7 +223,7 @@ def precision_recall(
 ) -> tuple[float, float]:   # precision and recall, each 0 to 1
     "Share of `x` among the balls of `y`, and of `y` among those of `x` (Kynkaanniemi et al. 2019)."
     if k < 1: raise ValueError(f"k: got {k}, wanted at least 1")
-    x, y = check_two(x, y, k + 1)
+    x, y = require_two(x, y, k + 1)
     p, r = precision_recall_draws(x, y, torch.ones(len(x), 1, dtype=x.dtype), k)
     return p.item(), r.item()
 
@@ -356,7 +356,7 @@ def judge(
                                     f"more than there are features ({width})")
     if reference is None: reference = default_reference()
     if isinstance(reference, Tensor): reference = Reference(reference)
-    check_pair(Moments(seen["features"]), reference.moments)
+    require_pair(Moments(seen["features"]), reference.moments)
     found = all_draws(seen, reference, resamples(n, draws, seed))
     floor, floor_n = reference.floor(n, seed)
     return {key: Score(name, found[key][0].item(), n, seed, interval(found[key], bounds),
@@ -414,7 +414,7 @@ def classification_accuracy_score(
     **options,              # to train_classifier
 ) -> float:                 # accuracy on the real ones, 0 to 1
     "Train on generated images, test on real ones (Ravuri and Vinyals 2019)."
-    check_labels(test_labels, len(check_images(test_images, "test_images")), "test_labels")
+    require_labels(test_labels, len(check_images(test_images, "test_images")), "test_labels")
     if passes < 1: raise ValueError(f"passes: got {passes}, wanted at least 1")
     options = dict(epochs=max(1, round(passes/len(images))), progress=False) | options
     net = train_classifier(as_saved(images), labels, seed=seed, **options)

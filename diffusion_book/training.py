@@ -275,8 +275,7 @@ def train(
     run.finished = monitor.done >= 1
     accelerator.unwrap_model(run.net, keep_fp32_wrapper=False)
     if out and accelerator.is_main_process:
-        average = copy.copy(denoise)
-        average.net = run.ema.net
+        average = Denoiser(run.ema.net, denoise.schedule, denoise.predicts, denoise.clip)
         save_model(out, average, describe(run, images) | (card or {}))
     return run
 
@@ -333,7 +332,7 @@ def load_pretrained(
 ) -> Denoiser:                  # a ready denoiser with .net, .schedule and .card
     "Load a trained model from the package."
     root = Path(str(files("diffusion_book")))/"weights"
-    names = sorted(p.parent.name for p in root.glob("*/card.json"))
+    names = sorted(p.parent.name for p in root.glob("*/card.json") if "predicts" in p.read_text())
     if name not in names: raise ValueError(f"name: got {name!r}, wanted {' or '.join(names)}")
     return load_model(root/name, device, precision)
 
