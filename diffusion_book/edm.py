@@ -302,10 +302,10 @@ def heun(
     "Euler's move, corrected by the slope at its end (Karras et al. 2022, algorithms 1 and 2)."
     _check_churn(churn, s_min, s_max, s_noise, euler_above)
     times = descending(times, schedule)
-    most = min(churn/(len(times) - 1), 2**.5 - 1)
+    gamma = min(churn/(len(times) - 1), 2**.5 - 1)      # at the cap sigma^2 doubles
     for t, s in zip(times[:-1], times[1:]):
         if s > 0 and s_min <= sigma_of(t, schedule) <= s_max:
-            x, t = add_churn(x, t, schedule, most, s_noise, generator)
+            x, t = add_churn(x, t, schedule, gamma, s_noise, generator)
         x0_hat = ask(denoise, x, t, cond)
         before, (a, b) = slope(x, x0_hat, t, schedule), (schedule.signal(s), schedule.noise(s))
         x = like(a, x)*x0_hat + like(b, x)*before
