@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_book.ddim import ddim
@@ -20,9 +20,6 @@ from diffusion_book.sde import VPSchedule, flow_velocity
 from diffusion_book.toys import ToyMLP, moons
 from diffusion_book.training import train
 from diffusion_book.unet import UNet
-
-settings.register_profile("book", deadline=None, max_examples=50)   # a busy machine is no fault
-settings.load_profile("book")
 
 FLOW = FlowSchedule()
 KINDS = {"cosine": cosine_schedule(), "linear": linear_schedule(), "sigmoid": sigmoid_schedule(), "sde": VPSchedule(),
