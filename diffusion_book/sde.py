@@ -92,7 +92,7 @@ def sde_coefficients(
     schedule: Schedule,       # any schedule
 ) -> tuple[Tensor, Tensor]:   # f and g2, same shape, float64; infinite where the signal is 0
     "The forward SDE dx = f x dt + sqrt(g2) dW of a schedule (Kingma et al. 2021)."
-    if isinstance(schedule, VPSchedule): return -schedule.beta(t)/2, schedule.beta(t)
+    if type(schedule) is VPSchedule: return -schedule.beta(t)/2, schedule.beta(t)
     slope, growth = _slopes(t, schedule)
     f = slope/schedule.signal(t)
     if isinstance(schedule, DiscreteSchedule): return f, -2*f      # signal^2 + noise^2 = 1

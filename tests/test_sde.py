@@ -101,6 +101,16 @@ def test_sub_vp_as_in_the_paper():
     torch.testing.assert_close(g2, VP.beta(t)*(1 - (-2*VP.total(t)).exp()))
 
 
+def test_a_subclass_has_the_coefficients_of_its_own_curves():
+    "A schedule that only changes VP's noise must not be given VP's rates."
+    class Written(VPSchedule):
+        def noise(self, t): return 1 - self.signal(t)**2
+    t = torch.tensor([.2, .5, .9], dtype=torch.float64)
+    f, g2 = sde_coefficients(t, Written())
+    torch.testing.assert_close(f, -VP.beta(t)/2)
+    torch.testing.assert_close(g2, VP.beta(t)*(1 - (-2*VP.total(t)).exp()))
+
+
 # ------------------------------------------------------------------ the reverse SDE
 def test_equals_diffusers_vp_move_by_move():
     "The textbook's rates; their 1000 times 1, .999, ..., .001 and step 1/1000 are ours."
