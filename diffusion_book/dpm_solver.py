@@ -41,7 +41,7 @@ def node_weights(
     h: float,                   # length of the move in ell, above 0 and finite
     rule: str = "exact",        # one of RULES; all but "exact" change the last moment
 ) -> list[float]:               # one weight a place; together they are 1 - e^-h
-    "Weights that integrate e^(u-h) times any polynomial of degree n-1 exactly."
+    "Weights for e^(u-h) times a polynomial of degree n-1: exactly, by the rule 'exact'."
     n, w = len(offsets), moments(h, len(offsets))
     if n == 2: w[1] = dict(exact=w[1], bh1=h*h/2).get(rule, h*w[0]/2)
     if n == 3 and rule == "halved": w[2] /= 2
@@ -211,7 +211,7 @@ def check_moment(moment: Callable) -> None:
             wanted, got = float(sum(terms)), float(moment(float(h), k))
             off = abs(got/wanted - 1)
             assert abs(got/wanted/math.factorial(k) - 1) > 1e-3 or k < 2, "divide by k!"
-            assert off < 1e-10, (f"h = {float(h):g}, k = {k}: got {got:.6g}, wanted {wanted:.6g}"
+            assert off < 1e-10, (f"h = {float(h):g}, k = {k}: got {got:.12g}, wanted {wanted:.12g}"
                                  + (": digits lost by subtraction" if h < 1 else ""))
 
 # %% ../nbs/55_dpm_solver.ipynb #d6986c33
