@@ -145,13 +145,13 @@ def __call__(self: ConsistencyLoss,
     cond: object | None = None,                 # what steers; None is none
     generator: torch.Generator | None = None,   # where the noise is drawn from
 ) -> Tensor:                                    # one loss an image, shape (batch,)
-    "Compare the answers at `t` and one rung below."
+    "Compare the answers at `t` and one rung below; at time 0 the answer is the point itself."
     (xt, eps), s = noise_to(x0, t, self.schedule, eps, generator), self.below(t)
     with torch.no_grad():
         xs = (noise_to(x0, s, self.schedule, eps)[0] if self.teacher is None else
               follow(self.teacher, xt, t, self.schedule, s, self.moves, cond))
     with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop):
-        target = denoise(xs, s.clamp(min=self.rungs[1]), cond)      # at s = 0 not used
+        target = denoise(xs, s.clamp(min=self.rungs[1]), cond)      # s = 0: replaced below
         target = torch.where((s == 0).reshape(-1, *[1]*(x0.ndim - 1)), xs, target)
     return pseudo_huber(denoise(xt, t, cond), target, self.c)
 

@@ -1,6 +1,8 @@
 "Consistency: the function, the sampler against diffusers' own, the ladder's end points, the loss, the shipped pupil."
 import copy
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from diffusion_book.consistency import ConsistencyLoss, consistency, doubling, follow, pseudo_huber
 from diffusion_book.ddim import CountCalls, ddim
+from diffusion_book.dpm_solver import dpm_solver
 from diffusion_book.ideal import GaussianMixture, MixtureDenoiser
 from diffusion_book.objective import Denoiser
 from diffusion_book.sampling import find_sampler, sample
@@ -209,3 +212,39 @@ def test_shipped_pupil_is_an_ordinary_denoiser_and_draws_in_one():
     scores = pupil.card["scores"]
     assert scores["1_evaluations"] < scores["teacher_1_evaluation"]/10
     assert set(pupil.card["sampling_times"]) == {"1", "2", "4"}
+
+
+def shipping():
+    "The tool that made the shipped pupil, as a module."
+    path = Path(__file__).resolve().parents[1]/"tools"/"ship_one_step.py"
+    spec = importlib.util.spec_from_file_location("ship_one_step", path)
+    spec.loader.exec_module(tool := importlib.util.module_from_spec(spec))
+    return tool
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_kept_walks_are_the_books_solver_but_for_clipping(seed):
+    "Nothing to clip: the same states to rounding. A narrow clip: other states, and none carried out of it at the end."
+    tool, denoise = shipping(), gaussian(COSINE)
+    x = torch.randn(50, 1, generator=rng(seed), dtype=torch.float64)
+    denoise.clip = (-1e6, 1e6)
+    theirs = [step.x for step in dpm_solver(denoise, x, COSINE, tool.times(COSINE))]
+    free = tool.walk(denoise, x)[1:]
+    torch.testing.assert_close(torch.stack(free), torch.stack(theirs), rtol=0, atol=1e-9)
+    denoise.clip = (.4, .6)
+    assert (torch.stack(tool.walk(denoise, x)[1:-1]) - torch.stack(theirs[:-1])).abs().max() > 1e-3
+
+
+def test_an_update_with_and_without_the_critic():
+    "Both move the pupil; only the second moves the critic, which reads real images and the pupil's answers."
+    tool, student = shipping(), copy.copy(load_pretrained("fashion"))
+    student.net, student.clip = copy.deepcopy(student.net).requires_grad_(True), None
+    walks = torch.randn(8, len(tool.KEPT), 1, 28, 28, generator=rng()).half()
+    contest = tool.Contest(torch.rand(16, 1, 28, 28, generator=rng(1)), rng(2), half=False)
+    opt = torch.optim.SGD(student.net.parameters(), 1e-3)
+    for with_critic in (False, True):
+        before = [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (student.net, contest.critic)]
+        said = tool.update(student, opt, contest, tool.draw(walks, COSINE, 8, rng(3)), 1., with_critic, .3)
+        after = [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (student.net, contest.critic)]
+        assert len(said) == (3 if with_critic else 1) and all(map(math.isfinite, said))
+        assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1]) != with_critic

@@ -1,10 +1,12 @@
 """Teach a shipped model to draw in one step, and ship that: `python tools/ship_one_step.py --data_dir FOLDER`.
 
-First the teacher walks: from pure noise down the probability-flow path, 14 evaluations of DPM-Solver++ (2M), and six
-states of every walk are kept. A copy of the teacher learns to say the end of a walk from each of its states. After a
-share of the time a critic, which sees real images too (FOLDER holds the original Fashion-MNIST files), is added to the
-loss. Walks and the pupil's running average lie in --out: walks that are there are not made again, an unfinished pupil
-is taken up from its average, a finished one is only scored and shipped. The scores go on the card.
+This is adversarial distillation (in the spirit of Kim et al. 2024 and Sauer et al. 2023), not consistency training:
+the pupil never leans on its own answers. First the teacher walks: from pure noise down the probability-flow path, 14
+evaluations of DPM-Solver++ (2M), and six states of every walk are kept. A copy of the teacher learns to say the end of
+a walk from each of its states. After a share of the time (--critic_from) a critic is added to the loss, a network that
+sees training images (FOLDER holds the original Fashion-MNIST files) and learns to tell the pupil's from them. Walks and
+the pupil's running average lie in --out: walks that are there are not made again, an unfinished pupil is taken up from
+its average, a finished one is only scored and shipped. The scores go on the card.
 """
 import argparse
 import copy
@@ -35,7 +37,11 @@ def times(schedule) -> Tensor:
 
 @torch.no_grad()
 def walk(denoise, x: Tensor) -> list[Tensor]:
-    "The states of a deterministic walk from noise `x` to the end: DPM-Solver++ (2M) of Lu et al. 2022."
+    """The states of a deterministic walk from noise `x` to the end: DPM-Solver++ (2M) of Lu et al. 2022.
+
+    This is the book's `dpm_solver` but for one thing, which that leaves out: the estimate carried ahead from two looks
+    is clipped as a single look is, so that black stays black.
+    """
     s, ts, states, before = denoise.schedule, times(denoise.schedule), [x], None
     half = s.logsnr(ts.clamp(min=1e-3))/2
     for i, (t, u) in enumerate(zip(ts[:-1], ts[1:])):
@@ -128,6 +134,21 @@ class Contest:
         return loss
 
 
+def update(student, opt, contest: Contest, batch: tuple[Tensor, Tensor, Tensor], share: float, with_critic: bool,
+           weight: float) -> list[float]:
+    "One update, of the critic first if it is on; gives the distance, what the critic made it pay, the critic's loss."
+    xt, t, end = batch
+    drawn = student(xt, t)
+    parts = [pseudo_huber(drawn, end).mean()/end.shape[-1]]
+    own = [contest.update(drawn, share)] if with_critic else []
+    if with_critic: parts.append(contest.loss(drawn))
+    opt.zero_grad()
+    (parts[0] + weight*sum(parts[1:])).backward()
+    torch.nn.utils.clip_grad_norm_(student.net.parameters(), 1.)
+    opt.step()
+    return [p.item() for p in parts] + own
+
+
 def teach(student, walks: Tensor, images: Tensor, minutes: float, critic_from: float, out: Path, batch_size: int = 64,
           lr: float = 1e-3, weight: float = .3, seed: int = 0) -> None:
     "Train the pupil for so long on the wall clock, from its average in `out` if there is one; writes the average."
@@ -139,25 +160,15 @@ def teach(student, walks: Tensor, images: Tensor, minutes: float, critic_from: f
     g, start, saved, first = torch.Generator().manual_seed(seed + step), time.perf_counter(), before, step
     net = student.net.requires_grad_(True).train()
     ema, opt = EMA(net, .999), torch.optim.AdamW(net.parameters(), lr, betas=(.9, .99), weight_decay=.01)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)     # the critic's first weights
     contest = Contest(images, g, half=student.precision == "bf16")
     while (seconds := before + time.perf_counter() - start) < 60*minutes:
         progress = seconds/(60*minutes)
         with_critic, share = progress >= critic_from, learning_rate(progress, step - first, 1.)
         for group in opt.param_groups: group["lr"] = lr*share*(.5 if with_critic else 1)
-        xt, t, end = draw(walks, student.schedule, batch_size, g)
-        drawn = student(xt, t)
-        parts = [pseudo_huber(drawn, end).mean()/walks.shape[-1]]
-        if with_critic:
-            found = contest.update(drawn, share)
-            parts.append(contest.loss(drawn))
-        opt.zero_grad()
-        (parts[0] + weight*sum(parts[1:])).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
-        opt.step()
+        now = update(student, opt, contest, draw(walks, student.schedule, batch_size, g), share, with_critic, weight)
         ema.update(net)
         step += 1
-        now = [p.item() for p in parts] + ([found] if with_critic else [])
         means[:len(now)] = [m + .01*(v - m) for m, v in zip(means, now)]
         if seconds - saved > 60:
             saved = seconds
@@ -181,7 +192,8 @@ def score(images: dict[str, Tensor]) -> dict:
     return {name: round(frechet_distance(Moments(views(x)["features"]), test), 4) for name, x in images.items()}
 
 
-def main():
+def command_line() -> argparse.Namespace:
+    "What was asked for."
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--data_dir", required=True, help="folder of the original Fashion-MNIST files, for the critic")
     ap.add_argument("--teacher", default="fashion", help="the shipped model that walks")
@@ -190,37 +202,53 @@ def main():
     ap.add_argument("--walks", type=int, default=40_000, help="walks of the teacher, a multiple of 2000")
     ap.add_argument("--minutes", type=float, default=51, help="time to train, on the wall clock")
     ap.add_argument("--critic_from", type=float, default=.375, help="share of that time after which the critic speaks")
-    ap.add_argument("--as_it_is", action="store_true", help="teach no further: score and ship the pupil that lies in --out")
+    ap.add_argument("--as_it_is", action="store_true", help="teach no further: score and ship what lies in --out")
     ap.add_argument("--threads", type=int, default=1, help="of the processor")
     ap.add_argument("--n", type=int, default=10_000, help="samples for the scores, a multiple of 500")
-    args = ap.parse_args()
-    torch.set_num_threads(args.threads)
-    out, teacher = Path(args.out), load_pretrained(args.teacher)
-    walks = make_walks(teacher, out/"walks", args.walks)
-    student = copy.copy(teacher)
+    return ap.parse_args()
+
+
+def taught(teacher, walks: Tensor, args: argparse.Namespace) -> tuple:
+    "The pupil, from its average in the folder, taught first if it isn't finished; and the notes on its training."
+    student, path = copy.copy(teacher), Path(args.out)/"average.safetensors"
     student.net, student.clip = copy.deepcopy(teacher.net), None    # clipping would stop the gradient
-    taught = out/"average.safetensors"
-    if not (taught.exists() and (args.as_it_is or read_tensors(taught)[1].get("finished"))): teach(
-        student, walks, load_full_fashion("train", args.data_dir)[0], args.minutes, args.critic_from, out)
-    weights, notes = read_tensors(taught)
-    fill(student.net, weights, taught).eval().requires_grad_(False)
+    if not (path.exists() and (args.as_it_is or read_tensors(path)[1].get("finished"))):
+        images = load_full_fashion("train", args.data_dir)[0]
+        teach(student, walks, images, args.minutes, args.critic_from, Path(args.out))
+    weights, notes = read_tensors(path)
+    fill(student.net, weights, path).eval().requires_grad_(False)
     student.clip = teacher.clip
+    return student, notes
+
+
+def make_card(teacher, walks: Tensor, notes: dict, evaluations: dict, scores: dict, args: argparse.Namespace) -> dict:
+    "What the shipped files say of themselves."
+    command = (f"python tools/ship_one_step.py --data_dir FOLDER --walks {args.walks} --minutes {args.minutes:g} "
+               f"--critic_from {args.critic_from:g}")
+    return dict(
+        teacher=args.teacher, teacher_steps=teacher.card["steps"], walks=len(walks), walk_moves=MOVES,
+        times=[round(t, 3) for t in times(teacher.schedule)[list(KEPT)].tolist()[:-1]], size=[1, 28, 28],
+        sampling_times={k: [round(t, 3) for t in v] for k, v in evaluations.items()},
+        steps=notes["step"], seconds=round(notes["seconds"], 1), finished=notes.get("finished", False),
+        taken_up_at=notes.get("taken_up_at", 0), critic_from=args.critic_from, batch_size=64, lr=1e-3, decay=.999,
+        seed=0, data="the teacher's walks; Fashion-MNIST's training images for the critic", device="cpu",
+        threads=args.threads, precision=teacher.precision, torch=torch.__version__, command=command, licence=LICENCE,
+        weights="float16", scores=dict(what="Frechet classifier distance to the 10,000 test images", n=args.n, seed=0,
+                                       **scores))
+
+
+def main():
+    args = command_line()
+    torch.set_num_threads(args.threads)
+    teacher = load_pretrained(args.teacher)
+    walks = make_walks(teacher, Path(args.out)/"walks", args.walks)
+    student, notes = taught(teacher, walks, args)
     ts = times(teacher.schedule)[list(KEPT)].tolist()
     evaluations = {1: ts[:1], 2: [ts[0], ts[3]], 4: [ts[0], ts[1], ts[2], ts[4]]}
     images = {f"{k}_evaluations": draw_images(student, args.n, v) for k, v in evaluations.items()}
     images |= {"teacher_walk_of_14": walks[:args.n, -1].float().clamp(-1, 1),
                "teacher_1_evaluation": draw_images(teacher, args.n, ts[:1])}
-    command = (f"python tools/ship_one_step.py --data_dir FOLDER --walks {args.walks} --minutes {args.minutes:g} "
-               f"--critic_from {args.critic_from:g}")
-    card = dict(
-        teacher=args.teacher, teacher_steps=teacher.card["steps"], walks=len(walks), walk_moves=MOVES,
-        times=[round(t, 3) for t in ts[:-1]], size=[1, 28, 28],
-        sampling_times={k: [round(t, 3) for t in v] for k, v in evaluations.items()},
-        steps=notes["step"], seconds=round(notes["seconds"], 1), finished=notes.get("finished", False),
-        taken_up_at=notes.get("taken_up_at", 0), critic_from=args.critic_from, batch_size=64, lr=1e-3, decay=.999, seed=0,
-        data="the teacher's walks; Fashion-MNIST's training images for the critic", device="cpu", threads=args.threads,
-        precision=teacher.precision, torch=torch.__version__, command=command, licence=LICENCE, weights="float16",
-        scores=dict(what="Frechet classifier distance to the 10,000 test images", n=args.n, seed=0, **score(images)))
+    card = make_card(teacher, walks, notes, evaluations, score(images), args)
     save_model(ROOT/"diffusion_book"/"weights"/args.name, student, card, torch.float16)
     print(json.dumps(card, indent=1))
 
