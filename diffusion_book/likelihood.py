@@ -183,9 +183,9 @@ def doubt_variance(
 ) -> Tensor:                    # broadcasts over xt
     "The best variance of a step: the posterior's plus the doubt's (Bao et al. 2022, theorem 1)."
     _, large, s = step_between(t, schedule, s)
-    c = schedule.signal(s)*large/schedule.noise(t)**2
+    w = schedule.signal(s)*large/schedule.noise(t)**2
     small = large*(schedule.noise(s)/schedule.noise(t))**2
-    return like(small, xt) + like(c**2, xt)*(doubt if doubt.shape == xt.shape else like(doubt, xt))
+    return like(small, xt) + like(w**2, xt)*(doubt if doubt.shape == xt.shape else like(doubt, xt))
 
 # %% ../nbs/56_likelihood.ipynb #b35e586e
 class _Unchanged:
@@ -244,7 +244,7 @@ class LearnedVariance(_Unchanged):
         denoise: Callable,          # the denoiser, whose guess is left as it is
         net: nn.Module,             # net(xt, clock, cond) gives xt's shape
         schedule: Schedule,         # the schedule the denoiser was made for
-        mix: str = "log",           # "log": v between the two logarithms; "doubt": log of the doubt
+        mix: str = "log",           # "log": u between the two logarithms; "doubt": log of the doubt
     ):
         if mix not in ("log", "doubt"): raise ValueError(f"mix: got {mix!r}, wanted log or doubt")
         self.denoise, self.net, self.schedule, self.mix = denoise, net, schedule, mix
