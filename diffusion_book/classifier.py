@@ -73,6 +73,7 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
 # %% ../nbs/50_classifier.ipynb #ac2daaf3
+#| code-fold: true
 def draw_augment(
     images: Tensor,             # shape (n, channels, height, width)
     generator: torch.Generator, # on the images' device

@@ -151,7 +151,7 @@ class Score:
     name: str                       # what was measured
     value: float                    # what came out
     n: int                          # of how many images
-    seed: int                       # that drew them, the resamples and the floor
+    seed: int                       # of the images (a note), the resamples and the floor
     interval: tuple[float, float]   # 95 %, for another draw of n images, the reference kept
     floor: float                    # what training images score
     floor_n: int                    # how many of them, n if there are as many
