@@ -200,11 +200,11 @@ SHIPPED = Path(str(files("diffusion_book")))/"weights"/"fashion_classifier"
 
 @lru_cache(maxsize=2)
 def load_classifier(
-    folder: str | Path = SHIPPED,   # with model.safetensors and card.json
-) -> Classifier:                    # the network, in eval mode, float32, with its .card
+    folder: str | Path | None = None,   # with model.safetensors and card.json; None: what ships
+) -> Classifier:                        # the network, in eval mode, float32, with its .card
     "The classifier that ships with the package, or one in your folder."
-    card = json.loads((Path(folder)/"card.json").read_text())
-    path = Path(folder)/"model.safetensors"
+    path = Path(folder or SHIPPED)/"model.safetensors"
+    card = json.loads(path.with_name("card.json").read_text())
     net = fill(Classifier(**card["net"]), read_tensors(path)[0], path).eval().requires_grad_(False)
     net.card = card
     return net.float().to(memory_format=torch.channels_last)
