@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .objective import convert
 from .posterior import step_between
 from .sampling import Step, ask, descending
 from .schedules import Schedule, like
@@ -39,7 +40,7 @@ def ddim_step(
 ) -> Tensor:                                    # x_s, same shape
     "Keep the guessed picture and the guessed noise, mix them anew (Song et al. 2021, eq. 12)."
     sigma = fresh_noise(t, s, schedule, eta)
-    eps_hat = (xt - like(schedule.signal(t), xt)*x0_hat)/like(schedule.noise(t), xt)
+    eps_hat = convert(x0_hat, xt, t, schedule, "x0", "eps")
     keep = (schedule.noise(s)**2 - sigma**2).clamp(min=0).sqrt()
     x = like(schedule.signal(s), xt)*x0_hat + like(keep, xt)*eps_hat
     if not bool((sigma > 0).any()): return x

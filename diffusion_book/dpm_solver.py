@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .sampling import Step, ask, descending
-from .schedules import Schedule, like
+from .schedules import Schedule, check_moves, like
 
 # %% ../nbs/55_dpm_solver.ipynb #156bdea1
 def half_logsnr(
@@ -170,8 +170,7 @@ def logsnr_times(
     high: float | None = None,  # log-SNR of the last look; None: that of schedule.times()[-2]
 ) -> Tensor:                    # n+1 descending times, from T to 0, float64
     "Times evenly spaced in log-SNR; the first is T, the last is 0 (Lu et al. 2022a, sec. 3.4)."
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n: got {n!r} moves, wanted a whole number, at least 1")
+    check_moves(n)
     low = max(low, schedule.logsnr(schedule.T).item())
     high = schedule.logsnr(schedule.times()[-2]).item() if high is None else high
     if not low < high:

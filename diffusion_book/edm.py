@@ -9,15 +9,14 @@ __all__ = ['karras_sigmas', 'EDMSchedule', 'sigma_of', 'time_of_sigma', 'karras_
 # %% ../nbs/54_edm.ipynb #16f2c11c
 import math
 from collections.abc import Callable, Iterator
-from numbers import Integral
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .objective import Denoiser
+from .objective import Denoiser, convert, simple_loss
 from .sampling import Step, ask, descending
-from .schedules import DiscreteSchedule, Schedule, like, noise_to
+from .schedules import DiscreteSchedule, Schedule, check_moves, like
 
 # %% ../nbs/54_edm.ipynb #f2bbc4af
 def karras_sigmas(
@@ -27,12 +26,10 @@ def karras_sigmas(
     rho: float = 7.,     # 1 is even; larger puts more of them at low noise
 ) -> Tensor:             # n falling sigmas and a 0, shape (n+1,), float64
     "Sigmas whose rho-th roots are evenly spaced, then 0 (Karras et al. 2022, eq. 5)."
-    if not isinstance(n, Integral) or n < 1:
-        raise ValueError(f"n: got {n!r} moves, wanted a whole number, at least 1")
     if not (0 < sigma_min < sigma_max < math.inf and rho > 0):
         raise ValueError(f"sigma_min, sigma_max, rho: got {sigma_min:g}, {sigma_max:g}, {rho:g}, "
                          "wanted 0 < sigma_min < sigma_max and rho above 0")
-    root = torch.linspace(0, 1, n, dtype=torch.float64)
+    root = torch.linspace(0, 1, check_moves(n), dtype=torch.float64)
     sigma = (sigma_max**(1/rho) + root*(sigma_min**(1/rho) - sigma_max**(1/rho)))**rho
     sigma[-1], sigma[0] = sigma_min, sigma_max      # the ends without rounding
     return torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
@@ -97,6 +94,11 @@ def time_of_sigma(
     return schedule.time_at(-2*torch.as_tensor(sigma, dtype=torch.float64).log())
 
 # %% ../nbs/54_edm.ipynb #3de4f39e
+def _first_time(schedule: Schedule) -> float:
+    "Where the noise begins: a network for steps 1...T has seen nothing below step 1."
+    if isinstance(schedule, DiscreteSchedule): return 1.
+    return float(time_of_sigma(.002, schedule))
+
 def karras_times(
     schedule: Schedule,                # any schedule
     n: int,                            # number of moves, at least 1
@@ -106,9 +108,7 @@ def karras_times(
 ) -> Tensor:                           # n+1 falling times that end at 0, float64
     "Times at which the sigmas of a schedule are spaced as in Karras et al. 2022, eq. 5."
     last, top = float(sigma_of(schedule.T, schedule)), float(sigma_max)
-    if sigma_min is None:   # a network for steps 1...T has seen nothing below step 1
-        discrete = isinstance(schedule, DiscreteSchedule)
-        sigma_min = float(sigma_of(1, schedule)) if discrete else .002
+    if sigma_min is None: sigma_min = float(sigma_of(_first_time(schedule), schedule))
     times = time_of_sigma(karras_sigmas(n, sigma_min, min(top, last), rho), schedule)
     times[-1] = 0
     if last <= top: times[0] = schedule.T
@@ -122,7 +122,7 @@ def slope(
     schedule: Schedule, # gives signal and noise
 ) -> Tensor:            # d(x/signal)/d(sigma), same shape: the noise that x0_hat leaves to explain
     "The slope of the path through sigma: (x/signal - x0_hat)/sigma (Karras et al. 2022, eq. 3)."
-    return (x - like(schedule.signal(t), x)*x0_hat)/like(schedule.noise(t), x)
+    return convert(x0_hat, x, t, schedule, "x0", "eps")
 
 # %% ../nbs/54_edm.ipynb #30e6db73
 def euler(
@@ -228,9 +228,7 @@ def edm_loss(
     generator: torch.Generator | None = None,   # where the noise is drawn from
 ) -> Tensor:                                    # one loss an image, shape (batch,)
     "Squared error of x0_hat over c_out^2: of the network's own output (Karras et al. 2022, eq. 8)."
-    xt, eps = noise_to(x0, t, denoise.schedule, eps, generator)
-    off = denoise.predict(xt, t, cond) - denoise.target(x0, eps, t)
-    return off.square().reshape(len(x0), -1).mean(1)
+    return simple_loss(denoise, x0, t, eps, cond, generator)
 
 # %% ../nbs/54_edm.ipynb #399c3b87
 def _normal(n: int, mean: float, std: float, generator: torch.Generator | None) -> Tensor:
@@ -252,7 +250,7 @@ def lognormal_times(
 ) -> Callable:               # draw_times(n, generator) for `train`: times, shape (n,)
     "Draw training times of any schedule so that ln(sigma) is normal."
     if not log_std > 0: raise ValueError(f"log_std: got {log_std}, wanted above 0")
-    first = 1. if isinstance(schedule, DiscreteSchedule) else float(time_of_sigma(.002, schedule))
+    first = _first_time(schedule)
     def lognormal(n: int, generator: torch.Generator | None = None) -> Tensor:
         sigma = _normal(n, log_mean, log_std, generator).exp()
         return time_of_sigma(sigma, schedule).clamp(min=first)

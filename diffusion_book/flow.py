@@ -9,7 +9,6 @@ __all__ = ['CONVENTIONS', 'FlowSchedule', 'velocity', 'shift_times', 'as_schedul
 # %% ../nbs/57_flow.ipynb #58e22955
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,8 @@ from .ddim import ddim
 from .edm import EDMSchedule
 from .objective import convert, from_x0_and_eps, x0_and_eps, x0_weight
 from .sampling import ask, sample
-from .schedules import Schedule, cosine_schedule, like, linear_schedule
+from .schedules import (
+    Schedule, check_moves, cosine_schedule, like, linear_schedule)
 from .sde import VPSchedule
 
 # %% ../nbs/57_flow.ipynb #082ce439
@@ -82,9 +82,7 @@ def times(self: FlowSchedule,
     n: int | None = None,  # number of moves, at least 1; None is 50
 ) -> Tensor:               # n+1 descending times from 1 to 0, float64
     "Even times from noise to data, then shifted."
-    n = 50 if n is None else n
-    if not isinstance(n, Integral) or n < 1:
-        raise ValueError(f"n: got {n!r} moves, wanted a whole number, at least 1")
+    n = check_moves(50 if n is None else n)
     return shift_times(torch.linspace(1, 0, n + 1, dtype=torch.float64), self.shift)
 
 # %% ../nbs/57_flow.ipynb #43b253f7

@@ -181,6 +181,15 @@ def __call__(self: Denoiser,
     return x0_hat if self.clip is None else x0_hat.clamp(*self.clip)
 
 # %% ../nbs/21_objective.ipynb #872baea5
+@patch
+def target(self: Denoiser,
+    x0: Tensor,                     # clean data, shape (batch, ...)
+    eps: Tensor,                    # the noise on it, same shape
+    t: int | float | Tensor,        # the time, one or one per image
+) -> Tensor:                        # same shape
+    "What the network should say of this picture, noise and time."
+    return from_x0_and_eps(x0, eps, t, self.schedule, self.predicts)
+
 def simple_loss(
     denoise: Denoiser,                          # the denoiser in training
     x0: Tensor,                                 # clean data, shape (batch, ...)
@@ -191,8 +200,8 @@ def simple_loss(
 ) -> Tensor:                                    # one loss an image, shape (batch,)
     "Mean squared error between what the network predicts and the truth (Ho et al. 2020, eq. 14)."
     xt, eps = noise_to(x0, t, denoise.schedule, eps, generator)
-    target = from_x0_and_eps(x0, eps, t, denoise.schedule, denoise.predicts)
-    return (denoise.predict(xt, t, cond) - target).square().reshape(len(x0), -1).mean(1)
+    off = denoise.predict(xt, t, cond) - denoise.target(x0, eps, t)
+    return off.square().reshape(len(x0), -1).mean(1)
 
 # %% ../nbs/21_objective.ipynb #79071e3f
 #| code-fold: true

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'LATER', 'Schedule', 'DiscreteSchedule', 'linear_schedule', 'scaled_linear_schedule', 'cosine_schedule',
-           'sigmoid_schedule', 'like', 'noise_to', 'zero_terminal_snr', 'schedule_from_config']
+           'sigmoid_schedule', 'like', 'noise_to', 'zero_terminal_snr', 'check_moves', 'schedule_from_config']
 
 # %% ../nbs/14_schedules.ipynb #2d1cc571
 import math
@@ -259,6 +259,13 @@ def zero_terminal_snr(
     return DiscreteSchedule(beta_from_abar(root**2, 1.), config)
 
 # %% ../nbs/14_schedules.ipynb #6d11f36b
+def check_moves(
+    n: int,     # number of moves
+) -> int:       # the same
+    "Raise ValueError unless it is a whole number, at least 1."
+    if isinstance(n, Integral) and n >= 1: return n
+    raise ValueError(f"n: got {n!r} moves, wanted a whole number, at least 1")
+
 @patch
 def times(self: DiscreteSchedule,
     n: int | None = None,  # number of moves, 1 to T; None makes every step

@@ -15,9 +15,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .objective import convert
 from .posterior import step_between
 from .sampling import Step, ask, descending
-from .schedules import DiscreteSchedule, Schedule, like
+from .schedules import DiscreteSchedule, Schedule, check_moves, like
 
 # %% ../nbs/53_sde.ipynb #cdccc4cf
 class VPSchedule(Schedule):
@@ -68,9 +69,7 @@ def times(self: VPSchedule,
     n: int | None = None,  # number of moves, at least 1; None makes 1000
 ) -> Tensor:               # n+1 evenly spaced times from 1 to 0, float64
     "Times to walk down from 1 to 0 in `n` moves."
-    n = 1000 if n is None else n
-    if not isinstance(n, Integral) or n < 1:
-        raise ValueError(f"n: got {n!r} moves, wanted a whole number, at least 1")
+    n = check_moves(1000 if n is None else n)
     return torch.linspace(1, 0, n + 1, dtype=torch.float64)
 
 # %% ../nbs/53_sde.ipynb #e4097d61
@@ -148,8 +147,8 @@ def flow_velocity(
         raise ValueError(f"t: got {t.min():g}, wanted above 0, where there is noise to follow")
     slope, growth = _slopes(t, schedule)
     x0_hat = ask(denoise, xt, t, cond)
-    eps_part = xt - like(schedule.signal(t), xt)*x0_hat          # noise*eps_hat
-    return like(slope, xt)*x0_hat + like(growth/(2*schedule.noise(t)**2), xt)*eps_part
+    eps_hat = convert(x0_hat, xt, t, schedule, "x0", "eps")
+    return like(slope, xt)*x0_hat + like(growth/(2*schedule.noise(t)), xt)*eps_hat
 
 # %% ../nbs/53_sde.ipynb #4088a3f2
 def _angle(t: int | float | Tensor, schedule: Schedule) -> Tensor:
@@ -173,9 +172,7 @@ def angle_times(
     n: int,              # number of moves, at least 1
 ) -> Tensor:             # n+1 descending times from T to 0, float64
     "Times at which the angle atan(noise/signal) is evenly spaced."
-    if not isinstance(n, Integral) or n < 1:
-        raise ValueError(f"n: got {n!r} moves, wanted a whole number, at least 1")
-    theta = torch.linspace(1, 0, n + 1, dtype=torch.float64)*_angle(schedule.T, schedule)
+    theta = torch.linspace(1, 0, check_moves(n) + 1, dtype=torch.float64)*_angle(schedule.T, schedule)
     middle = _time(theta[1:-1], schedule)
     return torch.cat([middle.new_full((1,), schedule.T), middle, middle.new_zeros(1)])
 

@@ -332,7 +332,8 @@ def load_pretrained(
 ) -> Denoiser:                  # a ready denoiser with .net, .schedule and .card
     "Load a trained model from the package."
     root = Path(str(files("diffusion_book")))/"weights"
-    names = sorted(p.parent.name for p in root.glob("*/card.json") if "predicts" in p.read_text())
+    names = sorted(p.parent.name for p in root.glob("*/card.json")
+                   if "predicts" in json.loads(p.read_text()))
     if name not in names: raise ValueError(f"name: got {name!r}, wanted {' or '.join(names)}")
     return load_model(root/name, device, precision)
 
