@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from diffusion_book.ideal import GaussianMixture, MixtureDenoiser
 from diffusion_book.posterior import posterior
-from diffusion_book.sampling import Step, ddpm, descending, find_sampler, sample, save_pictures
+from diffusion_book.sampling import SAMPLERS, SPACINGS, Step, ddpm, descending, find_sampler, find_times, sample, save_pictures
 from diffusion_book.schedules import cosine_schedule, linear_schedule, sigmoid_schedule, zero_terminal_snr
 
 SCHEDULE = linear_schedule()
@@ -114,6 +114,16 @@ def test_learned_variance_is_asked_of_the_denoiser():
 def test_samplers_by_name():
     assert find_sampler("ddpm") is ddpm
     with pytest.raises(ValueError, match="^sampler: got 'magic', wanted one of ddpm"): find_sampler("magic")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_has_a_spacing(name):
+    times = find_times(name)(SCHEDULE, 7)
+    assert len(times) == 8 and times[0] == SCHEDULE.T and times[-1] == 0
+    assert torch.equal(descending(times, SCHEDULE), times)
+    even = torch.equal(times.double(), SCHEDULE.times(7).double())
+    assert even == (name not in SPACINGS)
+    with pytest.raises(ValueError, match="^n: got 0 moves"): find_times(name)(SCHEDULE, 0)
 
 
 @pytest.mark.parametrize("times", [[5], [5, 5], [0, 5], [[5, 0]], [1001, 0], [5, -1]])
