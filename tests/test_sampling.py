@@ -119,7 +119,7 @@ def test_samplers_by_name():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_has_a_spacing(name):
     times = find_times(name)(SCHEDULE, 7)
-    assert len(times) == 8 and times[0] == SCHEDULE.T and times[-1] == 0
+    assert len(times) == 8 and SCHEDULE.noise(times[0]) > .99 and times[-1] == 0
     assert torch.equal(descending(times, SCHEDULE), times)
     even = torch.equal(times.double(), SCHEDULE.times(7).double())
     assert even == (name not in SPACINGS)
