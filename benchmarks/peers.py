@@ -2,7 +2,7 @@
 
 `python benchmarks/peers.py --data_dir FOLDER` trains each for --minutes on all of Fashion-MNIST with the same threads, one after
 the other; draws --n samples of each with the same number of evaluations of the network; scores them against the whole test set
-(diffusion_book.metrics); and writes benchmarks/results/peers.json, peers.md and one sheet of pictures each. It goes on where it was stopped.
+(diffusion_book.judge); and writes benchmarks/results/peers.json, peers.md and one sheet of pictures each. It goes on where it was stopped.
 
 Each peer has its own network, loss, schedule, optimiser, averaging, augmentation and sampler, as its example or trainer has them.
 Two things are changed in their favour, because ten minutes on a small machine are not what they were made for: smalldiffusion's batch
@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffusion_book.dpm_solver import dpm_solver
 from diffusion_book.images import load_full_fashion
-from diffusion_book.metrics import Reference, judge
+from diffusion_book.judge import Reference, judge
 from diffusion_book.objective import Denoiser
 from diffusion_book.pictures import image_grid, to_uint8
 from diffusion_book.sampling import sample

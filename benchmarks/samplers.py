@@ -1,7 +1,7 @@
 """Quality against evaluations of the network, for every sampler of the book on the shipped model.
 
 `python benchmarks/samplers.py` draws the same number of samples with each sampler at 1, 2, 4, 8, 16 and 50 evaluations, and the reference
-with 1000 moves of ancestral sampling; scores them (diffusion_book.metrics) against the whole test set; counts the evaluations that were made;
+with 1000 moves of ancestral sampling; scores them (diffusion_book.judge) against the whole test set; counts the evaluations that were made;
 times them; and writes nbs/results/samplers.json. It goes on where it was stopped: a row that is there is not made again (--fresh begins anew).
 """
 import argparse, json, time
@@ -14,7 +14,7 @@ from diffusion_book.ddim import CountCalls
 from diffusion_book.dpm_solver import logsnr_times
 from diffusion_book.edm import karras_times
 from diffusion_book.images import load_full_fashion
-from diffusion_book.metrics import Reference, judge
+from diffusion_book.judge import Reference, judge
 from diffusion_book.sampling import find_sampler, sample
 from diffusion_book.training import load_pretrained
 from machine import machine, write_json
