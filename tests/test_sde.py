@@ -1,4 +1,4 @@
-"SDE, ODE and likelihood: closed forms, orders of convergence, diffusers' schedulers move by move, and bad input."
+"SDE, ODE and likelihood: closed forms, orders of convergence, DDIM as Euler's method, diffusers' schedulers move by move, and bad input."
 import math
 
 import pytest
@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion_book.ddim import ddim
 from diffusion_book.ideal import GaussianMixture, MixtureDenoiser, sliced_wasserstein
 from diffusion_book.posterior import step_between
 from diffusion_book.sampling import ddpm
 from diffusion_book.schedules import Schedule, cosine_schedule, linear_schedule, sigmoid_schedule, zero_terminal_snr
-from diffusion_book.sde import (VPSchedule, _move, angle_times, euler_maruyama, flow_velocity, log_likelihood,
-                                probability_flow, sde_coefficients)
+from diffusion_book.sde import VPSchedule, _move, euler_maruyama, flow_velocity, log_likelihood, sde_coefficients
 
 
 class Straight(Schedule):
@@ -48,6 +48,14 @@ def normal(*shape, seed=0): return torch.randn(*shape, generator=seeded(seed), d
 def order(errors): return [math.log2(a/b) for a, b in zip(errors, errors[1:])]
 
 
+def even_angles(schedule, n):
+    "Times at which atan(noise/signal) is evenly spaced, down to 0."
+    theta = torch.linspace(1, 0, n + 1, dtype=torch.float64)*torch.atan2(schedule.noise(schedule.T), schedule.signal(schedule.T))
+    times = schedule.time_at(-2*theta.tan().log())
+    times[0], times[-1] = schedule.T, 0.
+    return times
+
+
 def last(sampler, denoise, x, schedule, times, **options):
     for step in sampler(denoise, x, schedule, times, **options): pass
     return step.x
@@ -67,8 +75,8 @@ def test_vp_curves(low, extra, t):
 @given(st.integers(1, 300))
 @settings(deadline=None)
 def test_times(n):
-    for times, T in ((VP.times(n), 1), (angle_times(VP, n), 1), (angle_times(SCHEDULES["cosine"], n), 1000)):
-        assert len(times) == n + 1 and times[0] == T and times[-1] == 0 and bool((times.diff() < 0).all())
+    times = VP.times(n)
+    assert len(times) == n + 1 and times[0] == 1 and times[-1] == 0 and bool((times.diff() < 0).all())
 
 
 @each_schedule
@@ -109,6 +117,12 @@ def test_a_subclass_has_the_coefficients_of_its_own_curves():
     f, g2 = sde_coefficients(t, Written())
     torch.testing.assert_close(f, -VP.beta(t)/2)
     torch.testing.assert_close(g2, VP.beta(t)*(1 - (-2*VP.total(t)).exp()))
+
+
+def test_rate_of_the_chain_is_its_beta():
+    "beta counts from the start of the step, g2 from its end, so g2 is a little more."
+    ratio = sde_coefficients(torch.arange(1, 1001), SCHEDULES["linear"])[1]/SCHEDULES["linear"].beta[1:]
+    assert 1 < ratio.min() and ratio.max() < 1.02
 
 
 # ------------------------------------------------------------------ the reverse SDE
@@ -190,7 +204,7 @@ def test_tends_to_ancestral_sampling():
 @each_schedule
 def test_reverse_sde_reaches_the_data(schedule):
     denoise, x = MixtureDenoiser(PLANE, schedule), normal(1500, 2)*schedule.noise(schedule.T)
-    got = last(euler_maruyama, denoise, x, schedule, angle_times(schedule, 100), generator=seeded(3))
+    got = last(euler_maruyama, denoise, x, schedule, even_angles(schedule, 100), generator=seeded(3))
     truth = PLANE.sample(1500, seeded(4))
     floor = max(sliced_wasserstein(PLANE.sample(1500, seeded(s)), truth, generator=seeded(9)) for s in range(5, 9))
     assert sliced_wasserstein(got, truth, generator=seeded(9)) < 1.5*floor + .02     # .02: the bias of 100 moves
@@ -223,47 +237,38 @@ def test_velocity_in_both_forms(schedule):
     for k in range(4): torch.testing.assert_close(flow_velocity(denoise, x[k:k + 1], t[k].item(), schedule), want[k:k + 1], rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["vp", "cosine", "linear", "straight", "exploding", "subvp"])
-@pytest.mark.parametrize("end", [0., .15])
-def test_third_order(name, end):
-    "The median error of 12 paths against a fine walk, at even angles, down to 0 and to a later time."
-    schedule = SCHEDULES[name]
-    denoise, x = MixtureDenoiser(LINE, schedule), torch.linspace(-2, 2, 12, dtype=torch.float64)*schedule.noise(schedule.T)
-    def walk(n):
-        theta = torch.linspace(1, 0, n + 1, dtype=torch.float64)
-        first = torch.atan2(schedule.noise(schedule.T), schedule.signal(schedule.T))
-        times = schedule.time_at(-2*(end + (first - end)*theta).tan().log())
-        times[0], times[-1] = schedule.T, 0. if end == 0 else times[-1]
-        return last(probability_flow, denoise, x, schedule, times)
-    fine = walk(320)
-    assert order([(walk(n) - fine).abs().median().item() for n in (40, 80)])[0] == pytest.approx(3, abs=.3)
+@pytest.mark.parametrize("name", ["vp", "cosine", "straight", "exploding", "subvp"])
+def test_ddim_is_eulers_method_in_units_of_the_signal(name):
+    "x/signal goes a straight way over noise/signal, in the direction of the guessed noise."
+    schedule, x = SCHEDULES[name], normal(6, 2)
+    t, s = .8*schedule.T, .5*schedule.T
+    denoise, (a, b), (a_s, b_s) = MixtureDenoiser(PLANE, schedule), *((schedule.signal(u), schedule.noise(u)) for u in (t, s))
+    euler = a_s*(x/a + (b_s/a_s - b/a)*(x - a*denoise(x, t))/b)
+    torch.testing.assert_close(last(ddim, denoise, x, schedule, torch.tensor([t, s], dtype=torch.float64)), euler, rtol=1e-9, atol=1e-9)
 
 
-def test_agrees_with_scipy_in_plain_time():
+def test_ddim_solves_the_ode_with_order_one():
+    "Against scipy's solution of the flow in plain time."
     from scipy.integrate import solve_ivp
     denoise, x = MixtureDenoiser(PLANE, VP), normal(8, 2)
     def rhs(t, y): return flow_velocity(denoise, torch.from_numpy(y).reshape(8, 2), t, VP).flatten().numpy()
-    theirs = torch.from_numpy(solve_ivp(rhs, (1, .01), x.flatten().numpy(), rtol=1e-10, atol=1e-10).y[:, -1]).reshape(8, 2)
-    times = torch.cat([angle_times(VP, 200)[:-1], torch.tensor([.01], dtype=torch.float64)])
-    torch.testing.assert_close(last(probability_flow, denoise, x, VP, times[times >= .01]), theirs, rtol=0, atol=1e-5)
+    solved = torch.from_numpy(solve_ivp(rhs, (1, .01), x.flatten().numpy(), rtol=1e-9, atol=1e-9).y[:, -1]).reshape(8, 2)
+    misses = [(last(ddim, denoise, x, VP, torch.linspace(1, .01, n + 1, dtype=torch.float64)) - solved).abs().median().item() for n in (100, 200, 400)]
+    assert order(misses) == pytest.approx([1, 1], abs=.2)
 
 
-def test_quantiles_are_kept():
+@pytest.mark.parametrize("name", ["vp", "straight", "exploding"])
+def test_quantiles_are_kept(name):
     "In one dimension paths can't cross: the share to the left of a path never changes."
-    denoise, x, times = MixtureDenoiser(LINE, VP), torch.linspace(-2, 2, 9, dtype=torch.float64), angle_times(VP, 60)
+    from scipy.integrate import solve_ivp
+    schedule = SCHEDULES[name]
+    denoise, x, ends = MixtureDenoiser(LINE, schedule), torch.linspace(-2, 2, 9, dtype=torch.float64)*schedule.noise(schedule.T), (schedule.T, .02*schedule.T)
     def share(x, t):
-        z = (x[:, None] - VP.signal(t)*LINE.means[:, 0])/((VP.signal(t)*LINE.std)**2 + VP.noise(t)**2).sqrt()
+        z = (x[:, None] - schedule.signal(t)*LINE.means[:, 0])/((schedule.signal(t)*LINE.std)**2 + schedule.noise(t)**2).sqrt()
         return (torch.special.ndtr(z)*LINE.weights).sum(1)
-    for step in probability_flow(denoise, x, VP, times): torch.testing.assert_close(share(step.x, step.t), share(x, 1.), rtol=0, atol=1e-4)
-
-
-def test_ode_is_deterministic_and_takes_conditions():
-    seen = []
-    def denoise(x, t, cond):
-        seen.append(cond)
-        return x/2
-    a, b = (last(probability_flow, denoise, torch.ones(3, 2), VP, VP.times(4), cond="boot", generator=seeded(s)) for s in (0, 1))
-    assert torch.equal(a, b) and seen == ["boot"]*24 and a.shape == (3, 2) and a.dtype == torch.float32
+    def rhs(t, y): return flow_velocity(denoise, torch.from_numpy(y), t, schedule).numpy()
+    solved = torch.from_numpy(solve_ivp(rhs, ends, x.numpy(), rtol=1e-7, atol=1e-7).y[:, -1])
+    torch.testing.assert_close(share(solved, ends[1]), share(x, ends[0]), rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------ likelihood
@@ -321,12 +326,10 @@ def test_bad_input():
     x, denoise, ring = torch.zeros(2, 2), MixtureDenoiser(PLANE, VP), PLANE.sample(2, seeded(0))
     for low, high in ((0, 1), (2, 1), (-1, 1), (.1, math.inf), (math.nan, 1)):
         with pytest.raises(ValueError, match="beta_min, beta_max: got"): VPSchedule(low, high)
-    for f in (VP.times, lambda n: angle_times(VP, n)):
-        for n in (0, -3, 2.5):
-            with pytest.raises(ValueError, match="n: got .* wanted a whole number"): f(n)
-    for sampler in (euler_maruyama, probability_flow):
-        with pytest.raises(ValueError, match="times: got"): list(sampler(denoise, x, VP, torch.tensor([0., 1.])))
-        with pytest.raises(ValueError, match=r"denoise: returned shape \(2,\)"): list(sampler(lambda x, t, c: x[:, 0], x, VP, VP.times(2)))
+    for n in (0, -3, 2.5):
+        with pytest.raises(ValueError, match="n: got .* wanted a whole number"): VP.times(n)
+    with pytest.raises(ValueError, match="times: got"): list(euler_maruyama(denoise, x, VP, torch.tensor([0., 1.])))
+    with pytest.raises(ValueError, match=r"denoise: returned shape \(2,\)"): list(euler_maruyama(lambda x, t, c: x[:, 0], x, VP, VP.times(2)))
     with pytest.raises(ValueError, match="rates: got 'end'"): list(euler_maruyama(denoise, x, VP, rates="end"))
     with pytest.raises(ValueError, match="rates are infinite"): list(euler_maruyama(denoise, x, Straight(), Straight().times(3), rates="start"))
     with pytest.raises(ValueError, match="t: got 0"): flow_velocity(denoise, x, 0, VP)
