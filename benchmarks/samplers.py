@@ -14,15 +14,15 @@ from diffusion_book.ddim import CountCalls
 from diffusion_book.dpm_solver import logsnr_times
 from diffusion_book.edm import karras_times
 from diffusion_book.images import load_full_fashion
-from diffusion_book.judge import Reference, judge
-from diffusion_book.sampling import find_sampler, sample
+from diffusion_book.judge import Reference, draw_all, judge
+from diffusion_book.sampling import find_sampler
 from diffusion_book.training import load_pretrained
 from machine import machine, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/"nbs"/"results"/"samplers.json"
 BUDGETS = 1, 2, 4, 8, 16, 50
-SPACINGS = dict(even=lambda s, n: s.times(n), karras=karras_times, logsnr=lambda s, n: logsnr_times(s, n, high=5.))
+SPACINGS = dict(even=lambda s, n: s.times(n), karras=karras_times, logsnr=logsnr_times)
 # name: sampler, its options, spacing of its times, model
 WALKS = {
     "ancestral": ("ddpm", {}, "even", "fashion"),
@@ -44,16 +44,13 @@ def moves_for(sampler: str, budget: int) -> int:
     "How many moves a number of evaluations pays for: Heun looks twice a move, once in the last."
     return (budget + 1)//2 if sampler == "heun" else budget
 
-@torch.no_grad()
 def draw(name: str, budget: int, n: int, seed: int, batch: int) -> tuple[torch.Tensor, int, float]:
     "Samples, evaluations made for each, seconds."
     sampler, options, spacing, model = WALKS[name]
-    denoise, g = load_pretrained(model), torch.Generator().manual_seed(seed)
-    counted, start = CountCalls(denoise), time.perf_counter()
-    times = SPACINGS[spacing](denoise.schedule, moves_for(sampler, budget))
-    parts = [sample(counted, (min(batch, n - i), 1, 28, 28), denoise.schedule, find_sampler(sampler), times=times,
-                    generator=g, progress=False, **options) for i in range(0, n, batch)]
-    return torch.cat(parts), counted.calls//len(parts), time.perf_counter() - start
+    counted = CountCalls(load_pretrained(model))
+    times, start = SPACINGS[spacing](counted.schedule, moves_for(sampler, budget)), time.perf_counter()
+    x = draw_all(counted, n, None, find_sampler(sampler), seed, batch, times=times, progress=False, **options)
+    return x, counted.calls//-(-n//batch), time.perf_counter() - start
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -10,9 +10,11 @@ import torch
 from conftest import ROOT
 from test_metrics import normal, skewed
 
-from diffusion_book.judge import Score, frechet_draws, interval, judge, resamples
+from diffusion_book.judge import Score, draw_all, frechet_draws, interval, judge, resamples
 from diffusion_book.metrics import Moments, frechet_distance, kernel_distance, kernel_draws, precision_recall_draws
 from diffusion_book.pictures import load_fashion
+from diffusion_book.sampling import Step
+from diffusion_book.training import load_pretrained
 
 
 # ------------------------------------------------------------------ the bootstrap
@@ -72,15 +74,30 @@ def test_bad_images():
     with pytest.raises(ValueError, match=r"images: got \(130, 28, 28\)"): judge(x[:, 0])
 
 
+def test_draw_all_hands_its_options_on():
+    "In parts from one generator: as many, the first part as one call draws it; what isn't its own goes to the sampler."
+    denoise, seen = load_pretrained("fashion"), []
+    def one_jump(denoise, x, schedule, times, *, cond, generator, scale):
+        seen.append((len(x), list(times)))
+        yield Step(0, scale*x, x)
+    x = draw_all(denoise, 5, None, one_jump, seed=1, batch_size=2, times=[900, 0], progress=False, scale=2.)
+    g = torch.Generator().manual_seed(1)
+    want = torch.cat([2*denoise.schedule.noise(900)*torch.randn(k, 1, 28, 28, generator=g) for k in (2, 2, 1)])
+    torch.testing.assert_close(x, want.float())
+    assert [k for k, _ in seen] == [2, 2, 1] and all(t == [900, 0] for _, t in seen)
+    for bad in (dict(n=0), dict(n=2, batch_size=0)):
+        with pytest.raises(ValueError, match="got 0, wanted at least 1"): draw_all(denoise, steps=1, **bad)
+
+
 def test_command_line(tmp_path):
     script = tmp_path/"judge.py"
     script.write_text("from diffusion_book.judge import diffusion_book_judge\nif __name__ == '__main__': diffusion_book_judge()\n")
     def run(*args):
         env = dict(os.environ, PYTHONPATH=str(ROOT))
         return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, env=env, cwd=tmp_path)
-    done = run("--n", "130", "--steps", "2", "--seed", "4", "--out", str(tmp_path/"s.json"))
+    done = run("--n", "130", "--steps", "2", "--sampler", "heun", "--seed", "4", "--out", str(tmp_path/"s.json"))
     assert done.returncode == 0 and done.stdout.count("n = 130, seed 4") == 6, done.stderr
     noted = json.loads((tmp_path/"s.json").read_text())
-    assert (noted["steps"], noted["sampler"], noted["scores"]["recall"]["n"]) == (2, "ddpm", 130)
+    assert (noted["steps"], noted["sampler"], noted["scores"]["recall"]["n"]) == (2, "heun", 130)
     bad = run("--sampler", "magic")
     assert bad.returncode != 0 and "sampler: got 'magic'" in bad.stderr and "Traceback" not in bad.stderr, bad.stderr

@@ -106,6 +106,38 @@ def test_kernel_distance_has_no_bias():
     assert abs(found.mean()) < 4*found.std()/20 and (found < 0).double().mean() > 1/3
 
 
+# ------------------------------------------------------------------ torchmetrics
+class Given(torch.nn.Module):
+    "A feature network for torchmetrics: pixels are the features."
+    num_features = 16
+    def forward(self, x): return x.flatten(1)
+
+
+def as_pictures(x): return x.view(-1, 1, 4, 4)
+
+
+def both_sets(): return skewed(300, 16), 1.2*skewed(200, 16, 9) + .3
+
+
+def test_frechet_equals_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    x, y = both_sets()
+    fid = FrechetInceptionDistance(feature=Given(), input_img_size=(1, 4, 4), normalize=True).set_dtype(torch.float64)
+    for part in x.split(90): fid.update(as_pictures(part), real=False)
+    fid.update(as_pictures(y), real=True)
+    assert math.isclose(frechet_distance(Moments(x), Moments(y)), fid.compute().item(), rel_tol=1e-4)
+
+
+def test_kernel_distance_equals_torchmetrics():
+    "One subset that is the whole: torchmetrics then takes every pair."
+    from torchmetrics.image.kid import KernelInceptionDistance
+    x, y = (o[:200] for o in both_sets())
+    kid = KernelInceptionDistance(feature=Given(), subsets=1, subset_size=200, normalize=True)
+    kid.update(as_pictures(x), real=False)
+    kid.update(as_pictures(y), real=True)
+    assert math.isclose(kernel_distance(x, y), kid.compute()[0].item(), rel_tol=1e-4)
+
+
 # ------------------------------------------------------------------ precision and recall
 @given(seeds, st.integers(1, 4))
 @some

@@ -260,19 +260,15 @@ def index_of(text: str) -> ast.Assign:
     "The list of a module's names, which nbdev writes and wraps."
     return next(n for n in ast.parse(text).body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")
 
-def checker_lines(text: str) -> set:
-    "Line numbers of the exercise checkers, which belong to the chapter's exercises and not to what the module does."
-    tree, public = ast.parse(text), ast.literal_eval(index_of(text).value)
-    checkers = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("check_") and n.name not in public]
-    return {i for n in checkers for i in range(n.lineno, n.end_lineno + 1)}
+LONGEST = dict(schedules=310, training=330)   # a little above what all others keep to
 
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_are_readable(module):
     text = (LIB/f"{module}.py").read_text(encoding="utf-8")
-    lines, skip, names = text.splitlines(), checker_lines(text), index_of(text)
+    lines, names = text.splitlines(), index_of(text)
     index = range(names.lineno, names.end_lineno + 1)
-    ours = [l for i, l in enumerate(lines, 1) if l.strip() and i not in skip and not l.startswith(("# %%", "#|"))]   # without nbdev's marks
-    assert len(ours) <= 350, f"{module}.py has {len(ours)} lines"
+    ours = [l for l in lines if l.strip() and not l.startswith(("# %%", "#|"))]   # without nbdev's marks
+    assert len(ours) <= LONGEST.get(module, 300), f"{module}.py has {len(ours)} lines"
     long = [f"{module}.py:{i}: {len(l)} columns" for i, l in enumerate(lines[1:], 2)   # the first line is the chapter's description
             if len(l) > 100 and not l.startswith("# %%") and i not in index]
     assert not long, "\n".join(long)

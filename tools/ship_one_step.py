@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from diffusion_book.consistency import consistency, pseudo_huber
 from diffusion_book.images import fill, load_full_fashion, read_tensors, write_tensors
+from diffusion_book.judge import draw_all
 from diffusion_book.metrics import Moments, frechet_distance, shipped_moments, views
-from diffusion_book.sampling import sample
 from diffusion_book.schedules import like
 from diffusion_book.training import EMA, learning_rate, load_pretrained, save_model
 
@@ -178,12 +178,9 @@ def teach(student, walks: Tensor, images: Tensor, minutes: float, critic_from: f
     write_tensors(path, ema.net.state_dict(), dict(step=step, seconds=seconds, taken_up_at=first, finished=True))
 
 
-@torch.no_grad()
 def draw_images(denoise, n: int, ts: list[float], seed: int = 0) -> Tensor:
     "Images in as many evaluations as there are times: jump to the end, put noise back on, jump again."
-    g = torch.Generator().manual_seed(seed)
-    return torch.cat([sample(denoise, (500, 1, 28, 28), denoise.schedule, consistency, times=[*ts, 0], generator=g,
-                             progress=False) for _ in range(n//500)])
+    return draw_all(denoise, n, None, consistency, seed, 500, times=[*ts, 0], progress=False)
 
 
 def score(images: dict[str, Tensor]) -> dict:
@@ -204,7 +201,7 @@ def command_line() -> argparse.Namespace:
     ap.add_argument("--critic_from", type=float, default=.375, help="share of that time after which the critic speaks")
     ap.add_argument("--as_it_is", action="store_true", help="teach no further: score and ship what lies in --out")
     ap.add_argument("--threads", type=int, default=1, help="of the processor")
-    ap.add_argument("--n", type=int, default=10_000, help="samples for the scores, a multiple of 500")
+    ap.add_argument("--n", type=int, default=10_000, help="samples for the scores")
     return ap.parse_args()
 
 
