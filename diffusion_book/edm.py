@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['karras_sigmas', 'EDMSchedule', 'sigma_of', 'time_of_sigma', 'karras_times', 'slope', 'euler', 'euler_ancestral',
-           'Preconditioned', 'edm_loss', 'lognormal_times', 'add_churn', 'heun']
+           'Preconditioned', 'lognormal_times', 'heun', 'add_churn']
 
 # %% ../nbs/54_edm.ipynb #16f2c11c
 import math
@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .objective import Denoiser, convert, simple_loss
+from .objective import Denoiser, convert
 from .sampling import Step, ask, descending
 from .schedules import DiscreteSchedule, Schedule, check_moves, like
 
@@ -66,13 +66,11 @@ def clock(self: EDMSchedule, t: int | float | Tensor) -> Tensor:
     share = (self.check(t)/self.sigma_min).log()/math.log(self.T/self.sigma_min)
     return (1000*share.clamp(min=0)).float()
 
-# %% ../nbs/54_edm.ipynb #0658ceaa
 @patch
 def time_at(self: EDMSchedule, logsnr: float | Tensor) -> Tensor:
     "The sigma of a log-SNR, exp(-logsnr/2); sigma_max where beyond."
     return (-torch.as_tensor(logsnr, dtype=torch.float64)/2).exp().clamp(max=self.T)
 
-# %% ../nbs/54_edm.ipynb #827e9fb3
 @patch
 def times(self: EDMSchedule, n: int | None = None) -> Tensor:
     "Sigmas to walk down in n moves, then 0; None makes the paper's 18."
@@ -124,7 +122,6 @@ def slope(
     "The slope of the path through sigma: (x/signal - x0_hat)/sigma (Karras et al. 2022, eq. 3)."
     return convert(x0_hat, x, t, schedule, "x0", "eps")
 
-# %% ../nbs/54_edm.ipynb #30e6db73
 def euler(
     denoise: Callable,                          # denoiser: denoise(xt, t, cond) gives x0_hat
     x: Tensor,                                  # noise to start from, shape (batch, ...)
@@ -181,15 +178,13 @@ class Preconditioned(Denoiser):
         super().__init__(net, schedule, "v", clip, precision)
         self.predicts, self.sigma_data = "unit", float(sigma_data)
 
-# %% ../nbs/54_edm.ipynb #78375bc6
-@patch
-def factors(self: Preconditioned,
-    t: int | float | Tensor,            # times in [0, T], any shape
-) -> tuple[Tensor, Tensor, Tensor]:     # c_skip, c_out, c_in, each of t's shape, float64
-    "x0_hat = c_skip*xt + c_out*net(c_in*xt) (Karras et al. 2022, table 1, for any signal)."
-    a, b, d = self.schedule.signal(t), self.schedule.noise(t), self.sigma_data
-    total = (a*d)**2 + b**2      # variance of xt
-    return a*d**2/total, b*d/total.sqrt(), 1/total.sqrt()
+    def factors(self,
+        t: int | float | Tensor,            # times in [0, T], any shape
+    ) -> tuple[Tensor, Tensor, Tensor]:     # c_skip, c_out, c_in, each of t's shape, float64
+        "x0_hat = c_skip*xt + c_out*net(c_in*xt) (Karras et al. 2022, table 1, for any signal)."
+        a, b, d = self.schedule.signal(t), self.schedule.noise(t), self.sigma_data
+        total = (a*d)**2 + b**2      # variance of xt
+        return a*d**2/total, b*d/total.sqrt(), 1/total.sqrt()
 
 # %% ../nbs/54_edm.ipynb #16d415ae
 @patch
@@ -206,7 +201,6 @@ def __call__(self: Preconditioned, xt: Tensor, t: int | float | Tensor,
     x0_hat = skip*xt + out*self.predict(xt, t, cond)
     return x0_hat if self.clip is None else x0_hat.clamp(*self.clip)
 
-# %% ../nbs/54_edm.ipynb #7a8baf60
 @patch
 def target(self: Preconditioned,
     x0: Tensor,                     # clean data, shape (batch, ...)
@@ -218,31 +212,17 @@ def target(self: Preconditioned,
     size = ((a*d)**2 + b**2).sqrt()
     return like(b/size/d, x0)*x0 - like(a*d/size, x0)*eps
 
-# %% ../nbs/54_edm.ipynb #09c450b4
-def edm_loss(
-    denoise: Preconditioned,                    # the denoiser in training
-    x0: Tensor,                                 # clean data, shape (batch, ...)
-    t: int | float | Tensor,                    # one time, or one per image, in (0, T]
-    eps: Tensor | None = None,                  # noise of x0's shape; None draws it
-    cond: object | None = None,                 # what steers; None is none
-    generator: torch.Generator | None = None,   # where the noise is drawn from
-) -> Tensor:                                    # one loss an image, shape (batch,)
-    "Squared error of x0_hat over c_out^2: of the network's own output (Karras et al. 2022, eq. 8)."
-    return simple_loss(denoise, x0, t, eps, cond, generator)
-
 # %% ../nbs/54_edm.ipynb #399c3b87
 def _normal(n: int, mean: float, std: float, generator: torch.Generator | None) -> Tensor:
     device = generator.device if generator else "cpu"
     return mean + std*torch.randn(n, generator=generator, device=device, dtype=torch.float64)
 
-# %% ../nbs/54_edm.ipynb #1f79ae88
 @patch
 def random_times(self: EDMSchedule, n: int, generator: torch.Generator | None = None) -> Tensor:
     "ln(sigma) is normal, cut off at sigma_min and sigma_max (Karras et al. 2022, table 1)."
     sigma = _normal(n, self.log_mean, self.log_std, generator).exp()
     return sigma.clamp(self.sigma_min, self.T)
 
-# %% ../nbs/54_edm.ipynb #31c584c0
 def lognormal_times(
     schedule: Schedule,      # any schedule
     log_mean: float = -1.2,  # mean of ln(sigma)
@@ -256,24 +236,8 @@ def lognormal_times(
         return time_of_sigma(sigma, schedule).clamp(min=first)
     return lognormal
 
-# %% ../nbs/54_edm.ipynb #6ef11cc2
-def add_churn(
-    x: Tensor,              # noisy batch, shape (batch, ...)
-    t: Tensor,              # its time
-    schedule: Schedule,     # gives signal and noise
-    gamma: float,           # share by which sigma is raised, at least 0
-    s_noise: float = 1.,    # standard deviation of the fresh noise
-    generator: torch.Generator | None = None,   # where it is drawn from
-) -> tuple[Tensor, Tensor]:     # x and its time after sigma has grown to (1 + gamma)*sigma
-    "Go back up by fresh noise (Karras et al. 2022, algorithm 2, lines 5-6); no higher than T."
-    a, sigma = schedule.signal(t), sigma_of(t, schedule)
-    if not gamma or not bool(sigma.isfinite()): return x, t
-    t = time_of_sigma((1 + gamma)*sigma, schedule)
-    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    extra = (sigma_of(t, schedule)**2 - sigma**2).clamp(min=0).sqrt()
-    return like(schedule.signal(t), x)*(x/like(a, x) + like(s_noise*extra, x)*eps), t
-
 # %% ../nbs/54_edm.ipynb #d10405ae
+#| code-fold: true
 def _check_churn(churn: float, s_min: float, s_max: float, s_noise: float, above: float) -> None:
     "Raise ValueError on options that make no churn."
     if not 0 <= churn < math.inf: raise ValueError(f"churn: got {churn}, wanted 0 or more")
@@ -302,7 +266,7 @@ def heun(
     times = descending(times, schedule)
     gamma = min(churn/(len(times) - 1), 2**.5 - 1)      # at the cap sigma^2 doubles
     for t, s in zip(times[:-1], times[1:]):
-        if s > 0 and s_min <= sigma_of(t, schedule) <= s_max:
+        if gamma and s > 0 and s_min <= sigma_of(t, schedule) <= s_max:
             x, t = add_churn(x, t, schedule, gamma, s_noise, generator)
         x0_hat = ask(denoise, x, t, cond)
         before, (a, b) = slope(x, x0_hat, t, schedule), (schedule.signal(s), schedule.noise(s))
@@ -312,6 +276,23 @@ def heun(
             half = a*(sigma_of(s, schedule) - sigma_of(t, schedule))/2
             x = x + like(half, x)*(slope(x, x0_hat, s, schedule) - before)
         yield Step(s, x, x0_hat)
+
+# %% ../nbs/54_edm.ipynb #6ef11cc2
+def add_churn(
+    x: Tensor,              # noisy batch, shape (batch, ...)
+    t: Tensor,              # its time
+    schedule: Schedule,     # gives signal and noise
+    gamma: float,           # share by which sigma is raised, at least 0
+    s_noise: float = 1.,    # standard deviation of the fresh noise
+    generator: torch.Generator | None = None,   # where it is drawn from
+) -> tuple[Tensor, Tensor]:     # x and its time after sigma has grown to (1 + gamma)*sigma
+    "Go back up by fresh noise (Karras et al. 2022, algorithm 2, lines 5-6); no higher than T."
+    a, sigma = schedule.signal(t), sigma_of(t, schedule)
+    if not gamma or not bool(sigma.isfinite()): return x, t
+    t = time_of_sigma((1 + gamma)*sigma, schedule)
+    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    extra = (sigma_of(t, schedule)**2 - sigma**2).clamp(min=0).sqrt()
+    return like(schedule.signal(t), x)*(x/like(a, x) + like(s_noise*extra, x)*eps), t
 
 # %% ../nbs/54_edm.ipynb #d6cc9230
 #| code-fold: true

@@ -7,10 +7,10 @@ from diffusers import EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerD
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_book.edm import (EDMSchedule, Preconditioned, add_churn, edm_loss, euler, euler_ancestral, heun, karras_sigmas,
+from diffusion_book.edm import (EDMSchedule, Preconditioned, add_churn, euler, euler_ancestral, heun, karras_sigmas,
                                 karras_times, lognormal_times, sigma_of, slope, time_of_sigma)
 from diffusion_book.ideal import FiniteDenoiser, GaussianMixture, MixtureDenoiser
-from diffusion_book.objective import Denoiser, from_x0_and_eps
+from diffusion_book.objective import Denoiser, from_x0_and_eps, simple_loss
 from diffusion_book.sampling import SAMPLERS, ddpm, find_sampler, sample
 from diffusion_book.schedules import Schedule, SCHEDULES, cosine_schedule, like, linear_schedule, noise_to, zero_terminal_snr
 from diffusion_book.training import train
@@ -144,17 +144,18 @@ def test_network_is_told_sigma_and_clip_is_kept():
     close(x[:, 0].double(), torch.tensor([.26, 100.25], dtype=torch.float64)**-.5, rtol=1e-5, atol=1e-5)
 
 
-def test_loss_is_the_weighted_error_and_trains():
+def test_the_plain_loss_is_the_weighted_error_and_trains():
+    "Karras et al. 2022, eq. 8, by simple_loss: the target is the denoiser's own."
     denoise = Preconditioned(lambda x, clock, cond: .3*x, EDM, .5)
     x0, eps = .5*normal(6, 4), normal(6, 4, seed=1)
     t = torch.tensor([.01, .1, .5, 1., 10., 70.])
     weight = (t**2 + .25)/(t*.5)**2
     by_hand = weight*(denoise(x0 + t[:, None]*eps, t) - x0).square().mean(1)
-    close(edm_loss(denoise, x0, t, eps), by_hand, rtol=1e-6, atol=1e-9)
+    close(simple_loss(denoise, x0, t, eps), by_hand, rtol=1e-6, atol=1e-9)
     torch.manual_seed(0)
     denoise, losses = Preconditioned(UNet(width=(16, 16)), EDM, .5), []
     images = (.5*normal(64, 1, 1, 1) + torch.zeros(64, 1, 8, 8)).float().clamp(-1, 1)      # flat pictures: quickly learned
-    train(denoise, images, steps=60, batch_size=32, lr=1e-2, progress=False, loss=edm_loss, device="cpu", precision="fp32",
+    train(denoise, images, steps=100, batch_size=32, lr=1e-2, progress=False, device="cpu", precision="fp32",
           watch=lambda run, loss: losses.append(loss.item()))
     assert sum(losses[-20:]) < .85*sum(losses[:20])     # the loss of a network that says nothing is 1
 
@@ -338,8 +339,23 @@ def test_bad_input():
     assert {"euler", "euler_ancestral", "heun"} <= set(SAMPLERS) and find_sampler("heun") is heun
 
 
+def test_churn_adds_the_difference_of_the_variances():
+    x, sigma = add_churn(torch.zeros(20_000, 1, dtype=torch.float64), torch.tensor(2.), EDM, .25, generator=rng(9))
+    assert abs(sigma - 2.5) < 1e-9 and abs(x.std() - 1.5) < 4*1.5/(2*20_000)**.5        # 4 standard errors
+
+
+def test_heun_is_guarded_where_the_first_move_is_huge():
+    "Times even in t leap over three powers of ten of sigma on the cosine schedule: no mean of two slopes fits."
+    x = begin(COSINE, COSINE.times(9), 400)
+    leap = sigma_of(COSINE.times(9)[:2], COSINE)
+    assert leap[0]/leap[1] > 1000
+    for options, fine in (({}, True), (dict(euler_above=math.inf), False)):
+        assert (last(heun(bump(COSINE), x, COSINE, COSINE.times(9), **options)).x.norm(dim=1).max() < 6) == fine     # the data lie within 4
+
+
 def test_churn_stays_within_the_schedule():
     for schedule in (EDM, LINEAR, zero_terminal_snr(LINEAR), Straight()):
         x, t = add_churn(torch.ones(4, 2, dtype=torch.float64), torch.tensor(schedule.T, dtype=torch.float64), schedule, .4, generator=rng())
         assert t <= schedule.T and x.isfinite().all()
+        if schedule is not LINEAR: close(x, torch.ones_like(x))       # at the top there is no room
     assert slope(torch.ones(2, 2), torch.ones(2, 2), torch.tensor(1.), EDM).abs().max() == 0
