@@ -41,7 +41,7 @@ def node_weights(
     h: float,                   # length of the move in ell, above 0 and finite
     rule: str = "exact",        # one of RULES; all but "exact" change the last moment
 ) -> list[float]:               # one weight a place; together they are 1 - e^-h
-    "Weights for e^(u-h) times a polynomial of degree n-1: exactly, by the rule 'exact'."
+    "Weights for the integral of e^(u-h) times a polynomial through n places (or a shortcut)."
     n, w = len(offsets), moments(h, len(offsets))
     if n == 2: w[1] = dict(exact=w[1], bh1=h*h/2).get(rule, h*w[0]/2)
     if n == 3 and rule == "halved": w[2] /= 2
@@ -167,12 +167,13 @@ def logsnr_times(
     schedule: Schedule,         # the schedule to walk down
     n: int,                     # number of moves, at least 1
     low: float = -8.,           # log-SNR where even spacing begins, or T's if that is higher
-    high: float | None = None,  # log-SNR of the last look; None: that of schedule.times()[-2]
+    high: float | None = 5.,    # log-SNR of the last look; at most, and if None, times()[-2]'s
 ) -> Tensor:                    # n+1 descending times, from T to 0, float64
     "Times evenly spaced in log-SNR; the first is T, the last is 0 (Lu et al. 2022a, sec. 3.4)."
     check_moves(n)
     low = max(low, schedule.logsnr(schedule.T).item())
-    high = schedule.logsnr(schedule.times()[-2]).item() if high is None else high
+    last = schedule.logsnr(schedule.times()[-2]).item()
+    high = last if high is None else min(high, last)
     if not low < high:
         raise ValueError(f"high: got {high:g}, wanted more than low, which is {low:g}")
     times = schedule.time_at(torch.linspace(low, high, max(n, 2), dtype=torch.float64))[:n]

@@ -108,6 +108,27 @@ def test_order_of_convergence(truth, sampler, options, order):
     assert abs(math.log2(few/many) - order) < .34, math.log2(few/many)
 
 
+def test_order_three_begun_where_x0_hat_moves_is_of_order_two():
+    "From T the first moves, of orders 1 and 2, have nothing to get wrong; halfway down they have."
+    x = start(SCHEDULE, 20, 2)*SCHEDULE.noise(400)
+    def end(n):
+        times = SCHEDULE.time_at(torch.linspace(SCHEDULE.logsnr(400).item(), 6, n + 1, dtype=torch.float64))
+        return last(dpm_solver, MixtureDenoiser(WORLD, SCHEDULE), x, SCHEDULE, times, order=3, lower_order_final=False).x
+    goal = end(800)
+    few, many = ((end(n) - goal).square().mean().sqrt().item() for n in (96, 192))
+    assert 1.6 < math.log2(few/many) < 2.5
+
+@pytest.mark.parametrize("at, third", [((1/3, 2/3), True), ((.3, .5), False)])
+def test_groups_of_three_need_the_second_look_at_two_thirds(truth, at, third):
+    def split(n):
+        ends = torch.linspace(SCHEDULE.logsnr(SCHEDULE.T).item(), 6, n//3 + 1, dtype=torch.float64)
+        inner = ends[:-1, None] + ends.diff()[:, None]*torch.tensor([0., *at], dtype=torch.float64)
+        return SCHEDULE.time_at(torch.cat([inner.flatten(), ends[-1:]]))
+    few, many = ((last(dpm_solver, MixtureDenoiser(WORLD, SCHEDULE), start(SCHEDULE, 20, 2), SCHEDULE, split(n), order=3, singlestep=True,
+                       lower_order_final=False).x - truth).square().mean().sqrt().item() for n in (192, 384))
+    assert math.log2(few/many) > 2.6 if third else math.log2(few/many) < 2.4
+
+
 def test_one_move_with_exact_looks_has_one_order_more():
     "From exact states and looks: the error of a single move falls by 2^(order + 1) when everything is halved."
     denoise = MixtureDenoiser(GaussianMixture(torch.tensor([[1.]], dtype=torch.float64), .5), SCHEDULE)
@@ -182,9 +203,9 @@ def test_every_way_is_finite_at_both_ends(schedule):
 @pytest.mark.parametrize("schedule", [zero_terminal_snr(linear_schedule()), Straight(), Exploding()], ids=["zero_terminal", "straight", "exploding"])
 def test_every_way_arrives_at_the_same_points(schedule):
     denoise, x = MixtureDenoiser(WORLD, schedule), start(schedule, 20)
-    goal = last(unipc, denoise, x, schedule, logsnr_times(schedule, 300), order=3).x
+    goal = last(unipc, denoise, x, schedule, logsnr_times(schedule, 300, high=None), order=3).x
     for sampler, options in WAYS[1::4]:
-        off = (last(sampler, denoise, x, schedule, logsnr_times(schedule, 60), **options).x - goal).abs().max()
+        off = (last(sampler, denoise, x, schedule, logsnr_times(schedule, 60, high=None), **options).x - goal).abs().max()
         assert off < (.2 if options["order"] == 1 else .05), (options, off)
 
 def test_float32_and_float_times():
@@ -201,6 +222,15 @@ def test_logsnr_times_are_even(n, low, high):
     times = logsnr_times(SCHEDULE, n, low, high)
     assert len(times) == n + 1 and times[0] == 1000 and times[-1] == 0 and bool((times[1:] < times[:-1]).all())
     if n > 2: assert (SCHEDULE.logsnr(times[1:-1]) - torch.linspace(low, high, n)[1:]).abs().max() < 1e-5
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, cosine_schedule(), zero_terminal_snr(linear_schedule()), Straight(), Exploding(), scaled_linear_schedule()])
+def test_logsnr_times_end_at_five_unless_told_otherwise_and_never_below_the_schedules_own_last(schedule):
+    own = schedule.logsnr(schedule.times()[-2]).item()
+    for high, wanted in (({}, 5.), (dict(high=7.), 7.), (dict(high=None), own), (dict(high=99.), own)):
+        times = logsnr_times(schedule, 6, **high)
+        assert abs(schedule.logsnr(times[-2]).item() - min(wanted, own)) < 1e-5 and times[0] == schedule.T
+    short = cosine_schedule(4)      # its last look is above log-SNR 5 nowhere
+    assert short.logsnr(1) < 5 and abs(logsnr_times(short, 3)[-2] - 1) < 1e-6
 
 def test_mistake_11_the_denoiser_is_asked_at_the_times_of_the_schedule():
     for schedule in (cosine_schedule(50), Straight(), Exploding()):
