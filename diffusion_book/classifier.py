@@ -107,7 +107,8 @@ def augment(
     moved = padded[each, :, rows[:, :, None] + shift, cols[:, None] + shift].permute(0, 3, 1, 2)
     return torch.where(holes, 0., moved)
 
-# %% ../nbs/49_classifier.ipynb #342bdd42
+# %% ../nbs/49_classifier.ipynb #43d4b3b1
+#| code-fold: true
 def require_labels(labels: Tensor, n: int, name: str = "labels") -> Tensor:
     "Raise an error unless these are n whole numbers from 0 on."
     good = isinstance(labels, Tensor) and labels.shape == (n,) and labels.dtype == torch.int64
@@ -185,7 +186,6 @@ def in_batches(
     return torch.cat([f(x.contiguous(memory_format=torch.channels_last))
                       for x in images.split(batch_size)])
 
-# %% ../nbs/49_classifier.ipynb #7ff32e82
 def accuracy(
     net: Callable,      # images to one number a class
     images: Tensor,     # (n, channels, height, width)

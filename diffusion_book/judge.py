@@ -237,4 +237,4 @@ def check_nearer_train(your_function: Callable) -> None:
     assert abs(got - .6) < 1e-4, f"got {got:.2f}, wanted 0.60"
     try: your_function(drawn, train, test[:2])
     except ValueError: return
-    raise AssertionError("3 training and 2 test pictures were compared: more have nearer neighbours")
+    raise AssertionError("3 training and 2 test pictures were compared: more are nearer by chance")

@@ -274,7 +274,8 @@ def check_kernel_pairs(your_function: Callable) -> None:
     x, y = torch.tensor([[1., 0], [2, 1], [0, -1]]), torch.tensor([[0., 3], [1, 1], [2, 2], [1, 0]])
     def k(a, b): return float((a @ b/2 + 1)**3)
     want, got = kernel_distance(x, y), float(your_function(list(x), list(y), k))
-    each, both = lambda z: sum(k(o, o) for o in z)/len(z)**2, lambda z, w: sum(k(a, b) for a in z for b in w)
+    def each(z): return sum(k(o, o) for o in z)/len(z)**2
+    def both(z, w): return sum(k(a, b) for a in z for b in w)
     biased = both(x, x)/9 + both(y, y)/16 - both(x, y)/6
     assert abs(got - biased) > 1e-3, "an element is paired with itself: leave those pairs out"
     assert abs(got - (biased - each(x) - each(y))) > 1e-3, (
