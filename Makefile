@@ -51,7 +51,7 @@ $(MODEL)/.finished: $(TRAINING) | $(READY)
 	@if [ -e $@ ]; then rm -rf $(MODEL); fi; \
 	resume=""; if [ -e $(MODEL)/checkpoint.safetensors ]; then resume="--resume"; fi; \
 	echo "== training a small U-Net on 10,000 pictures of garments, at most $(MINUTES) minutes$${resume:+, from where it was stopped}"; \
-	$(BIN)/diffusion_book_train --data fashion --scale laptop --minutes $(MINUTES) --out $(MODEL) $$resume </dev/null || exit 1; \
+	$(BIN)/diffusion_book_train --data fashion --scale small --minutes $(MINUTES) --out $(MODEL) $$resume </dev/null || exit 1; \
 	$(BIN)/python -c 'import json, sys; sys.exit(not json.load(open("$(MODEL)/card.json"))["finished"])' \
 	    || { echo "Stopped. Nothing is lost: make book goes on from here."; exit 1; }
 	@touch $@
