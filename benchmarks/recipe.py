@@ -1,10 +1,11 @@
-"""What makes training fast, one change at a time: the recipe, and the recipe with one of its parts put back.
+"""What makes training fast, one change at a time: the recipe, and the recipe with one of its parts changed.
 
-`python benchmarks/recipe.py --data_dir FOLDER` trains every row on all of Fashion-MNIST with one thread for the same processor time, draws --n
-images of each with 20 evaluations of DPM-Solver++ (2M), and notes the Frechet classifier distance to the 10,000 test images (smaller is better).
-One row: `python benchmarks/recipe.py --data_dir FOLDER --only "AdamW" --seeds 0`. Writes nbs/results/recipe.json; a row that is there is not made again.
+`python benchmarks/recipe.py --data_dir FOLDER` trains every row on all of Fashion-MNIST, at equal cost: first an update of the row and one of the
+recipe are timed in turns, and the row gets as many updates as --updates of the recipe cost. Then it draws --n images with 20 evaluations of
+DPM-Solver++ (2M) and notes the Frechet classifier distance to the 10,000 test images (smaller is better). One thread, so that rows can be made side by side.
+One row: `python benchmarks/recipe.py --data_dir FOLDER --only "AdamW instead of Muon" --seeds 0`. Writes nbs/results/recipe.json; what is there is not made again.
 """
-import argparse, json, time
+import argparse, json, statistics, time
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +13,13 @@ import torch
 
 from diffusion_book.dpm_solver import dpm_solver, logsnr_times
 from diffusion_book.edm import lognormal_times
-from diffusion_book.images import load_full_fashion
+from diffusion_book.images import load_full_fashion, make_accelerator
 from diffusion_book.metrics import Moments, frechet_distance, shipped_moments, views
 from diffusion_book.objective import Denoiser
 from diffusion_book.recipe import muon
 from diffusion_book.sampling import sample
 from diffusion_book.schedules import schedule_from_config
-from diffusion_book.training import adamw, learning_rate, train
+from diffusion_book.training import Run, adamw, learning_rate, train, update
 from diffusion_book.unet import UNet
 from machine import machine, write_json
 
@@ -53,16 +54,29 @@ ROWS = {
     "two blocks a level": dict(blocks=2),
 }
 
-def trained(images: torch.Tensor, changes: dict, seed: int, minutes: float) -> tuple[Denoiser, int]:
-    "A denoiser with averaged weights, after so many minutes of processor time; and its updates."
+def fresh(changes: dict, seed: int) -> tuple[Denoiser, dict]:
+    "An untrained denoiser, and how to train it."
     said = RECIPE | changes
     torch.manual_seed(seed)
-    schedule = schedule_from_config({"name": said["schedule"]})
-    denoise = Denoiser(UNet(**{k: said[k] for k in NET}), schedule, said["predicts"])
-    run = train(denoise, images, minutes=minutes, batch_size=said["batch_size"], lr=said["lr"], decay=said["decay"], seed=seed,
-                draw_times=lognormal_times(schedule, -.75, 1.25) if said["times"] == "lognormal" else None, device="cpu", progress=False,
-                optimizer=OPTIMIZERS[said["optimizer"]], rate=RATES[said["rate"]], clock=time.process_time)
-    return Denoiser(run.ema.net.eval(), schedule, said["predicts"], (-1, 1), denoise.precision), run.step
+    denoise = Denoiser(UNet(**{k: said[k] for k in NET}), schedule_from_config({"name": said["schedule"]}), said["predicts"], (-1, 1))
+    draw_times = lognormal_times(denoise.schedule, -.75, 1.25) if said["times"] == "lognormal" else None
+    return denoise, dict(batch_size=said["batch_size"], lr=said["lr"], decay=said["decay"], draw_times=draw_times, optimizer=OPTIMIZERS[said["optimizer"]])
+
+def cost(name: str, images: torch.Tensor, rounds: int = 9) -> float:
+    "Processor time of an update over that of the recipe: the median of rounds in which each makes one."
+    runs = [Run(denoise, make_accelerator("cpu", "auto"), **how) for denoise, how in (fresh(ROWS[name], 0), fresh({}, 0))]
+    def seconds(run):
+        start = time.process_time()
+        update(run, images, 1e-4)
+        return time.process_time() - start
+    for run in runs: seconds(run)
+    return 1. if not ROWS[name] else statistics.median(seconds(runs[0])/seconds(runs[1]) for _ in range(rounds))
+
+def trained(images: torch.Tensor, name: str, seed: int, updates: int) -> Denoiser:
+    "A denoiser with averaged weights."
+    denoise, how = fresh(ROWS[name], seed)
+    run = train(denoise, images, steps=updates, seed=seed, device="cpu", progress=False, rate=RATES[(RECIPE | ROWS[name])["rate"]], **how)
+    return Denoiser(run.ema.net.eval(), denoise.schedule, denoise.predicts, denoise.clip)
 
 @torch.no_grad()
 def drawn(denoise: Denoiser, n: int, seed: int, batch: int = 250) -> torch.Tensor:
@@ -71,38 +85,36 @@ def drawn(denoise: Denoiser, n: int, seed: int, batch: int = 250) -> torch.Tenso
     return torch.cat([sample(denoise, (min(batch, n - i), 1, 28, 28), denoise.schedule, dpm_solver, times=times, generator=g, progress=False)
                       for i in range(0, n, batch)])
 
-def row(name: str, seed: int, images: torch.Tensor, minutes: float, n: int) -> dict:
+def row(name: str, seed: int, images: torch.Tensor, updates: int, n: int, price: float) -> dict:
     "Train, draw, score."
-    start = time.process_time()
-    denoise, updates = trained(images, ROWS[name], seed, minutes)
-    x = drawn(denoise, n, seed + 1)
-    seen = views(x)
-    said = RECIPE | ROWS[name]
-    return dict(name=name, seed=seed, changes=ROWS[name], updates=updates, images_seen=updates*said["batch_size"],
-                parameters=sum(p.numel() for p in denoise.net.parameters()),
-                frechet=round(frechet_distance(Moments(seen["features"]), shipped_moments("test", "features")), 4),
-                patches=round(frechet_distance(Moments(seen["patches"]), shipped_moments("test", "patches")), 4),
+    start, steps = time.process_time(), round(updates/price)
+    denoise = trained(images, name, seed, steps)
+    seen = views(drawn(denoise, n, seed + 1))
+    return dict(name=name, seed=seed, changes=ROWS[name], cost=round(price, 3), updates=steps,
+                images_seen=steps*(RECIPE | ROWS[name])["batch_size"], parameters=sum(p.numel() for p in denoise.net.parameters()),
+                **{k: round(frechet_distance(Moments(seen[view]), shipped_moments("test", view)), 4)
+                   for k, view in dict(frechet="features", patches="patches").items()},
                 processor_seconds=round(time.process_time() - start, 1))
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--data_dir", required=True, help="folder of the original Fashion-MNIST files")
-    ap.add_argument("--minutes", type=float, default=3., help="of processor time, to train each")
+    ap.add_argument("--updates", type=int, default=1200, help="of the recipe; the others get what costs as much")
     ap.add_argument("--n", type=int, default=2000, help="images drawn of each")
     ap.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="rows to make")
-    ap.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of weights, batches and noise")
+    ap.add_argument("--seeds", type=int, nargs="*", default=[0], help="of weights, batches and noise")
     ap.add_argument("--out", type=Path, default=OUT, help="where to write")
     args = ap.parse_args()
     torch.set_num_threads(1)
-    images = load_full_fashion("train", args.data_dir)[0]
-    said = dict(minutes=args.minutes, n=args.n)
-    for seed in args.seeds:
-        for name in args.only:
-            old = json.loads(args.out.read_text()) if args.out.exists() else {}
-            rows = old["rows"] if all(old.get(k) == v for k, v in said.items()) else []
-            if any((r["name"], r["seed"]) == (name, seed) for r in rows): continue
-            rows.append(row(name, seed, images, args.minutes, args.n))
-            print(rows[-1], flush=True)
-            write_json(args.out, dict(command="python benchmarks/recipe.py --data_dir FOLDER", **said, recipe=RECIPE, rows=rows, machine=machine()))
+    images, said = load_full_fashion("train", args.data_dir)[0], dict(updates=args.updates, n=args.n)
+    for seed, name in ((seed, name) for seed in args.seeds for name in args.only):
+        old = json.loads(args.out.read_text()) if args.out.exists() else {}
+        rows = old["rows"] if all(old.get(k) == v for k, v in said.items()) else []
+        if any((r["name"], r["seed"]) == (name, seed) for r in rows): continue
+        price = next((r["cost"] for r in rows if r["name"] == name), None) or cost(name, images)
+        rows.append(row(name, seed, images, args.updates, args.n, price))
+        print(rows[-1], flush=True)
+        command = "python benchmarks/recipe.py --data_dir FOLDER"
+        write_json(args.out, dict(command=command, **said, recipe=RECIPE, rows=rows, machine=machine()))
 
 if __name__ == "__main__": main()

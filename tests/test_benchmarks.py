@@ -1,5 +1,6 @@
 "The benchmarks run: tiny, once; and what they stored says what it was measured on."
 import json
+import time
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"benchmarks"))
-import peers, samplers, speed
+import peers, recipe, samplers, speed
 from diffusion_book.pictures import load_fashion
 
 def run(script, *args):
@@ -56,14 +57,14 @@ def test_quality_runs(tmp_path):
 
 @pytest.mark.parametrize("name", ["diffusion_book", "diffusers"])
 def test_contestants_train_and_draw(name):
-    draw, steps, seen = peers.MAKERS[name](load_fashion()[0][:100], .001, 0)
+    draw, steps, seen = peers.MAKERS[name](load_fashion()[0][:100], peers.Budget(.001, time.process_time), 0)
     x = peers.in_parts(draw, 2)(3, 2)
     assert x.shape == (3, 1, 28, 28) and x.isfinite().all() and steps >= 1 and seen >= 64*steps
 
 def test_table_of_peers_shows_intervals_and_floor():
     score = dict(value=1.5, interval=(1.25, 1.75), floor=.125)
     row = dict(name="somebody", steps=1000, images_seen=64_000, scores={k: score for k in peers.COLUMNS})
-    page = peers.table(dict(minutes=10., evaluations=50, n=2000, rows=[row]))
+    page = peers.table(dict(minutes=10., clock="wall", evaluations=50, n=2000, rows=[row]))
     assert "| somebody | 1,000 | 64,000 | 1.5 (1.25 to 1.75) |" in page and "| as many training images |  |  | 0.125 |" in page
 
 @pytest.mark.parametrize("name", samplers.WALKS)
@@ -72,6 +73,15 @@ def test_every_sampler_of_the_figure_keeps_to_its_budget(name):
         x, calls, _ = samplers.draw(name, budget, n=2, seed=0, batch=2)
         assert x.shape == (2, 1, 28, 28) and x.isfinite().all()
         assert budget - 1 <= calls <= budget, f"{calls} evaluations for a budget of {budget}"
+
+def test_recipe_gives_every_row_its_price_and_score(tmp_path, monkeypatch):
+    monkeypatch.setitem(recipe.RECIPE, "width", (8, 16))
+    images = load_fashion()[0][:200]
+    made = recipe.row("batch of 64", 0, images, 4, 150, recipe.cost("batch of 64", images, rounds=1))
+    assert made["images_seen"] == 64*made["updates"] and made["updates"] == round(4/made["cost"]) and made["frechet"] > 1
+    assert recipe.cost("the recipe", images) == 1
+    for name, changes in recipe.ROWS.items():
+        assert all(k in recipe.RECIPE and recipe.RECIPE[k] != v for k, v in changes.items()), f"{name} changes nothing"
 
 def stored(name):
     path = ROOT/"benchmarks"/"results"/name
