@@ -18,7 +18,8 @@ from diffusion_book.objective import Denoiser
 from diffusion_book.sampling import find_sampler, sample
 from diffusion_book.schedules import cosine_schedule, like, linear_schedule, noise_to, sigmoid_schedule
 from diffusion_book.toys import ToyMLP
-from diffusion_book.training import load_pretrained
+from diffusion_book.training import load_pretrained, train
+from diffusion_book.unet import UNet
 
 COSINE = cosine_schedule()
 
@@ -181,6 +182,24 @@ def test_at_the_lowest_rung_the_target_is_the_data():
     loss = ConsistencyLoss(COSINE, 1, first=5, last=5, c=1e-4)
     perfect = lambda x, t, cond=None: x0
     assert loss(perfect, x0, torch.full((20,), 200.), eps).abs().max() < 1e-6
+
+
+def test_a_ladder_of_one_gap_asks_for_the_end_of_the_walk():
+    x0, eps = torch.randn(2, 20, 1, generator=rng(), dtype=torch.float64)
+    loss = ConsistencyLoss(COSINE, 1, gaussian(COSINE), first=1, last=1, moves=25, c=.03)
+    t = loss.draw_times(20, rng())
+    assert t.unique().tolist() == [1000]
+    end = follow(gaussian(COSINE), noise_to(x0, t, COSINE, eps)[0], t, COSINE, 0, 25)
+    zero = lambda x, t, cond=None: torch.zeros_like(x)
+    torch.testing.assert_close(loss(zero, x0, t, eps), pseudo_huber(0*end, end, .03))
+
+
+def test_train_takes_the_loss_with_its_two_hooks_and_it_reaches_the_last_rung():
+    torch.manual_seed(0)
+    images = torch.rand(16, 1, 8, 8, generator=rng())*2 - 1
+    small, loss = Denoiser(UNet(channels=1, width=(8, 16), blocks=1), COSINE, "v"), ConsistencyLoss(COSINE, updates=12, first=2, last=16)
+    run = train(small, images, steps=12, batch_size=8, device="cpu", progress=False, loss=loss, draw_times=loss.draw_times, watch=loss.watch)
+    assert (run.step, loss.done, len(loss.rungs) - 1) == (12, 12, 16)
 
 
 def test_a_spoiled_ladder_and_updates_are_named():
