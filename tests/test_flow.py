@@ -102,6 +102,16 @@ def test_velocity_is_the_probability_flow_of_the_schedule(t):
     torch.testing.assert_close(velocity(ideal, x, t, FLOW), (x - ideal(x, t))/t, rtol=1e-9, atol=1e-9)
     if t < 1: torch.testing.assert_close(velocity(ideal, x, t, FLOW), flow_velocity(ideal, x, t, FLOW), rtol=1e-4, atol=1e-4)
 
+@pytest.mark.parametrize("t", [.2, .5, .8])
+def test_the_velocity_carries_the_density(t):
+    "The continuity equation by differences: growth of the density at a place is minus what flows away."
+    x, h, ideal = normal(200, 2, seed=4), 1e-4, MixtureDenoiser(MIX, FLOW)
+    density = lambda x, t: MIX.log_prob(x, t, FLOW).exp()
+    flux = lambda x: density(x, t)[:, None]*velocity(ideal, x, t, FLOW)
+    rate = (density(x, t + h) - density(x, t - h))/(2*h)
+    away = sum((flux(x + e) - flux(x - e))[:, i] for i, e in enumerate(h*torch.eye(2).double()))/(2*h)
+    assert (rate + away).abs().max() < 1e-4*rate.abs().max()
+
 def test_velocity_of_a_trained_flow_is_what_its_network_says():
     net = lambda x, clock, cond=None: x.sin()
     x = normal(7, 2)
