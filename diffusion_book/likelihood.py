@@ -38,7 +38,7 @@ def prior_term(
     a, b = schedule.signal(schedule.T), schedule.noise(schedule.T)
     return _per_image(gaussian_kl(a*x0.double(), b**2, 0*b, b**2))
 
-# %% ../nbs/56_likelihood.ipynb #3eb5cd3f
+# %% ../nbs/56_likelihood.ipynb #63265d19
 def variance_of(
     variance: str | Tensor | object,        # "small", "large", numbers, or what has .variance
     xt: Tensor,                             # noisy data, shape (batch, ...)
@@ -49,12 +49,12 @@ def variance_of(
     "The variance of the model's step from t to s (Ho et al. 2020, sec. 3.2)."
     if isinstance(variance, Tensor): return variance
     _, large, s = step_between(t, schedule, s)
+    large = like(large, xt)
     if hasattr(variance, "variance"): return variance.variance(xt, t, s)
     if variance not in ("small", "large"): raise ValueError(
         f'variance: got {variance!r}, wanted "small", "large", a tensor or a .variance method')
-    known = (schedule.noise(s)/schedule.noise(t))**2
-    small = large*torch.where(torch.as_tensor(s) == 0, .5, known)
-    return like(small if variance == "small" else large, xt)
+    if variance == "large": return large
+    return posterior(xt, xt, t, schedule, s)[1] + like((torch.as_tensor(s) == 0)/2, xt)*large
 
 # %% ../nbs/56_likelihood.ipynb #2f6ad49c
 def step_term(
@@ -111,6 +111,12 @@ def _walk(times: Tensor | None, schedule: Schedule) -> Tensor:
     if len(times) > 2 and times[-1] == 0: return times
     raise ValueError(f"times: got {times.tolist()[:8]}, wanted at least two moves, down to 0")
 
+def _look(
+    denoise: Callable, x0: Tensor, t: Tensor, schedule: Schedule, g: torch.Generator | None,
+) -> tuple:
+    xt, _ = noise_to(x0, t, schedule, generator=g)
+    return x0, ask(denoise, xt, t, None), xt, t, schedule
+
 @torch.no_grad()
 def bound_terms(
     denoise: Callable,                  # denoiser: denoise(xt, t, cond) gives x0_hat
@@ -124,8 +130,7 @@ def bound_terms(
     "Every term of the bound, its average over the noise estimated by one draw."
     times, out = _walk(times, schedule), [prior_term(x0, schedule)]
     for t, s in zip(times[:-1], times[1:]):
-        xt, _ = noise_to(x0, t, schedule, generator=generator)
-        seen = x0, ask(denoise, xt, t, None), xt, t, schedule
+        seen = _look(denoise, x0, t, schedule, generator)
         out.append(step_term(*seen, s, variance) if s > 0 else data_term(*seen, variance, levels))
     return bits_per_dim(torch.stack(out, 1), x0)
 
@@ -143,7 +148,7 @@ def _spread_picks(
     i = torch.searchsorted(chances.cumsum(0), u).clamp(max=len(chances) - 1)
     return i, chances[i]
 
-# %% ../nbs/56_likelihood.ipynb #08161736
+# %% ../nbs/56_likelihood.ipynb #3eea654c
 @torch.no_grad()
 def bound_draws(
     denoise: Callable,                  # denoiser: denoise(xt, t, cond) gives x0_hat
@@ -159,21 +164,19 @@ def bound_draws(
     "Unbiased estimate of each image's bound from draws + 1 calls (Nichol and Dhariwal 2021)."
     if draws < 1: raise ValueError(f"draws: got {draws}, wanted at least 1")
     times, n = _walk(times, schedule), len(x0)
-    chances = _near_data(times) if chances is None else chances
+    if chances is None: chances = _near_data(times)
     which, p = _spread_picks(chances, n, draws, generator)
     out = torch.zeros(len(variances), n, 3, dtype=torch.float64)
     out[..., 0] = prior_term(x0, schedule)
     for j in range(draws + 1):
         k = which[:, j] if j < draws else torch.tensor(len(times) - 2)
-        t, s = times[k], times[k + 1]
-        xt, _ = noise_to(x0, t, schedule, generator=generator)
-        seen = x0, ask(denoise, xt, t, None), xt, t, schedule
+        seen = _look(denoise, x0, times[k], schedule, generator)
         for row, v in zip(out, variances):
             if j == draws: row[:, 2] = data_term(*seen, v, levels)
-            else: row[:, 1] += step_term(*seen, s, v)/(p[:, j]*draws)
+            else: row[:, 1] += step_term(*seen, times[k + 1], v)/(p[:, j]*draws)
     return bits_per_dim(out, x0)
 
-# %% ../nbs/56_likelihood.ipynb #75731e35
+# %% ../nbs/56_likelihood.ipynb #9692d5ef
 def doubt_variance(
     doubt: Tensor,              # mean squared error of x0_hat: one, one an image, or one a pixel
     xt: Tensor,                 # noisy data, shape (batch, ...)
@@ -184,10 +187,10 @@ def doubt_variance(
     "The best variance of a step: the posterior's plus the doubt's (Bao et al. 2022, theorem 1)."
     _, large, s = step_between(t, schedule, s)
     w = schedule.signal(s)*large/schedule.noise(t)**2
-    small = large*(schedule.noise(s)/schedule.noise(t))**2
-    return like(small, xt) + like(w**2, xt)*(doubt if doubt.shape == xt.shape else like(doubt, xt))
+    small = posterior(xt, xt, t, schedule, s)[1]
+    return small + like(w**2, xt)*(doubt if doubt.shape == xt.shape else like(doubt, xt))
 
-# %% ../nbs/56_likelihood.ipynb #b35e586e
+# %% ../nbs/56_likelihood.ipynb #fe1bc57b
 class _Unchanged:
     def __call__(self,
         xt: Tensor,                     # noisy data, shape (batch, ...)
@@ -204,25 +207,19 @@ class AnalyticVariance(_Unchanged):
         x0: Tensor,                 # images to measure on, best not the test's, shape (batch, ...)
         schedule: Schedule,         # the schedule the denoiser was made for
         n: int = 20,                # about how many times to measure at
-        by: str = "error",          # "error": of x0_hat; "score": its mean squared length
         generator: torch.Generator | None = None,   # where the noise is drawn from
     ):
-        if by not in ("error", "score"): raise ValueError(f"by: got {by!r}, wanted error or score")
-        self.denoise, self.schedule, self.by = denoise, schedule, by
+        self.denoise, self.schedule = denoise, schedule
         self.times = torch.logspace(-3, 0, n, dtype=torch.float64)*schedule.T
         if hasattr(schedule, "abar"): self.times = self.times.clamp(min=1).round().unique().long()
-        self.doubt = torch.stack([self._measure(x0, t, generator) for t in self.times]).clamp(min=0)
+        self.doubt = torch.stack([self._measure(x0, t, generator) for t in self.times])
 
-# %% ../nbs/56_likelihood.ipynb #54c886c5
+# %% ../nbs/56_likelihood.ipynb #5f3abc67
 @patch
 @torch.no_grad()
 def _measure(self: AnalyticVariance, x0: Tensor, t: Tensor, g: torch.Generator | None) -> Tensor:
-    a, b = self.schedule.signal(t), self.schedule.noise(t)
     xt, _ = noise_to(x0, t, self.schedule, generator=g)
-    x0_hat = self.denoise(xt, t)
-    if self.by == "error": return (x0 - x0_hat).double().square().mean()/b**2
-    doubt = (1 - ((xt.double() - a*x0_hat.double())/b).square().mean())/a**2
-    return doubt.clamp(max=(x0.double().var()/b**2).item())     # no guess is worse than the mean
+    return (x0 - self.denoise(xt, t)).double().square().mean()/self.schedule.noise(t)**2
 
 @patch
 def variance(self: AnalyticVariance,

@@ -54,6 +54,21 @@ def test_float32_images_hit_the_outer_bins():
     x = torch.tensor([-1., 1.])
     near(grey_log_prob(x, torch.tensor([-2., 2.]), torch.tensor(1e-6)), torch.zeros(2))
 
+def test_a_width_far_below_a_bin_far_above_all_and_plain_numbers():
+    one, s = torch.ones(1, 1).double(), cosine_schedule()
+    near(data_term(0*one, 0*one, one, 1, s, 1e-8*one, 255), 0, 1e-9)
+    near(data_term(one, 0*one, one, 1, s, 1e12*one), math.log(2), 1e-4)
+    near(data_term(one, 0*one, one, 1, s, one, None), .5 + .5*math.log(2*math.pi), 1e-9)
+
+def test_bins_are_a_tighter_code_than_dequantised_densities():
+    "A Gaussian half a bin wide, and data that follow its probabilities exactly."
+    at, var = torch.linspace(-1, 1, 256, dtype=torch.float64), torch.tensor((1/255)**2, dtype=torch.float64)
+    log_p = grey_log_prob(at, torch.full_like(at, .1), var)
+    drawn = at[torch.multinomial(log_p.exp(), 20_000, replacement=True, generator=rng(1))]
+    drawn = drawn + (2*torch.rand(drawn.shape, generator=rng(2), dtype=torch.float64) - 1)/255
+    density = -(drawn - .1)**2/(2*var) - .5*torch.log(2*math.pi*var)
+    assert -(density + math.log(2/255)).mean() > -(log_p.exp()*log_p).sum() + .05*math.log(2)
+
 # ------------------------------------------------------------------ the other terms
 def test_prior_against_an_integral():
     s, x0 = linear_schedule(100), torch.tensor([[.7]]).double()
@@ -88,11 +103,33 @@ def test_one_time_or_many():
     got = step_term(x0, .9*x0, xt, t, s, to, "large")
     for i in range(3): near(got[i], step_term(x0[i:i+1], .9*x0[i:i+1], xt[i:i+1], int(t[i]), s, int(to[i]), "large"), 1e-6)
 
+def test_the_prior_is_nothing_only_where_no_signal_is_left():
+    x = torch.rand(4, 1, 8, 8, generator=rng())*2 - 1
+    with pytest.warns(UserWarning): unscaled = linear_schedule(100, rescale=False)
+    bits = [bits_per_dim(prior_term(x, s), x).mean() for s in (linear_schedule(), cosine_schedule(), unscaled)]
+    assert max(bits[:2]) < 1e-4 and bits[2] > 1e-3, bits
+
 def test_bits():
     near(bits_per_dim(torch.tensor(6*math.log(2)), torch.zeros(5, 1, 2, 3)), 1)
 
 # ------------------------------------------------------------------ the whole bound
 BUMPS = GaussianMixture(torch.tensor([[-1., 0.], [.6, .5]]).double(), torch.tensor([.2, .3]), torch.tensor([.4, .6]))
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_the_terms_add_up_to_the_log_ratio_along_chains(variance):
+    "The definition without a divergence: ln q(x_1..T | x_0) - ln p(x_0..T), averaged over forward chains."
+    def log_n(x, mean, var): return (-((x - mean)**2/var + torch.log(2*math.pi*var))/2).sum(1)
+    s, x0 = cosine_schedule(8), BUMPS.sample(4000, rng())
+    f, x, ratio, g = MixtureDenoiser(BUMPS, s), x0, 0., rng(5)
+    for t in range(1, 9):
+        noisy = s.alpha[t].sqrt()*x + s.beta[t].sqrt()*torch.randn(x.shape, generator=g, dtype=x.dtype)
+        mean, _ = posterior(f(noisy, t), noisy, t, s)
+        ratio = ratio + log_n(noisy, s.alpha[t].sqrt()*x, s.beta[t]) - log_n(x, mean, variance_of(variance, noisy, t, s))
+        x = noisy
+    ratio = bits_per_dim(ratio - log_n(x, 0*x, s.noise(8)**2), x0)
+    terms = bound_terms(f, x0, s, variance, levels=None, generator=rng(6)).sum(1)
+    se = ((ratio.var() + terms.var())/len(x0)).sqrt()
+    assert abs(ratio.mean() - terms.mean()) < 4*se, "4 standard errors"
 
 @pytest.mark.parametrize("variance", ["small", "large"])
 def test_never_below_the_truth_and_closing(variance):
@@ -173,12 +210,10 @@ def test_small_and_large(name, data):
 def test_analytic_variance_finds_the_doubt():
     cloud, s = GaussianMixture(torch.zeros(1, 2).double(), .5), linear_schedule()
     x = cloud.sample(4000, rng())
-    for by in ("error", "score"):
-        found = AnalyticVariance(MixtureDenoiser(cloud, s), x, s, by=by, generator=rng(1))
-        for t, to in ((300, 299), (300, 100), (900, 0)):
-            want = doubt_variance(.25*s.noise(t)**2/(.25*s.signal(t)**2 + s.noise(t)**2), x, t, s, to)
-            near(found.variance(x[:4], torch.tensor(t), to)/want, 1, .12)     # 4 standard errors, and a straight line between measured times
-    with pytest.raises(ValueError, match="by: got 'guess'"): AnalyticVariance(MixtureDenoiser(cloud, s), x, s, by="guess")
+    found = AnalyticVariance(MixtureDenoiser(cloud, s), x, s, generator=rng(1))
+    for t, to in ((300, 299), (300, 100), (900, 0)):
+        want = doubt_variance(.25*s.noise(t)**2/(.25*s.signal(t)**2 + s.noise(t)**2), x, t, s, to)
+        near(found.variance(x[:4], torch.tensor(t), to)/want, 1, .12)     # 4 standard errors, and a straight line between measured times
 
 def test_learned_mixes():
     s, x = cosine_schedule(), torch.randn(3, 1, 4, 4, generator=rng())
