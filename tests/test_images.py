@@ -177,3 +177,42 @@ def test_every_image_is_drawn_equally_often():
 def test_digits_are_images():
     x, y = I.load_digits_images()
     assert x.min() == -1 and x.max() == 1 and y.unique().tolist() == list(range(10))
+
+def test_digits_are_nearly_balanced():
+    assert I.load_digits_images()[1].bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+# ------------------------------------------------------------------ where, and how precisely
+def test_precision_is_what_was_asked_for():
+    assert [I.pick_precision(p) for p in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert I.pick_precision("auto") == {True: "bf16", False: "fp32"}[I.native_bf16(torch.device("cpu"))]
+    with pytest.raises(ValueError, match="precision: got 'fp8', wanted"): I.pick_precision("fp8")
+
+def test_what_is_noted_beside_a_result():
+    noted = I.where_computed(I.make_accelerator("cpu", "fp32"))
+    assert noted["device"] == "cpu" and noted["precision"] == "fp32" and noted["threads"] == torch.get_num_threads()
+
+# ------------------------------------------------------------------ files
+def test_a_file_is_whole_or_what_it_was(tmp_path):
+    path = tmp_path/"box"/"note.json"
+    I.write_json(path, dict(a=1))
+    with pytest.raises(OSError, match="could not write .*No space.*untouched"), I.whole_or_nothing(path) as beside:
+        beside.write_text("{")
+        raise OSError("No space left on device")
+    assert path.read_text() == '{\n "a": 1\n}\n' and [p.name for p in path.parent.iterdir()] == ["note.json"]
+
+def test_tensors_go_out_and_come_back(tmp_path):
+    path, a = tmp_path/"a.safetensors", good(2, 1, 8, 8)
+    I.write_tensors(path, dict(a=a.mT, n=torch.arange(3)), dict(step=7))     # one that isn't contiguous
+    tensors, notes = I.read_tensors(path)
+    assert torch.equal(tensors["a"], a.mT) and tensors["n"].tolist() == [0, 1, 2] and notes == {"step": 7}
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cut short"): I.read_tensors(path)
+    with pytest.raises(FileNotFoundError, match="no such file"): I.read_tensors(tmp_path/"b.safetensors")
+
+def test_tensors_of_another_network_are_refused(tmp_path):
+    layer, fits = torch.nn.Linear(2, 3), dict(weight=torch.ones(3, 2), bias=torch.zeros(3))
+    assert I.fill(layer, fits, tmp_path).weight.tolist() == [[1., 1.]]*3
+    for wrong, words in {"missing": "bias: got None", "left over": "more: got \\(1,\\), wanted None", "shape": "bias: got \\(2,\\), wanted \\(3,\\)"}.items():
+        tensors = dict(fits, **{"left over": dict(more=torch.ones(1)), "shape": dict(bias=torch.ones(2))}.get(wrong, {}))
+        if wrong == "missing": del tensors["bias"]
+        with pytest.raises(ValueError, match=f"1 tensors don't fit this network, such as {words}"): I.fill(layer, tensors, tmp_path)
