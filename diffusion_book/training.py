@@ -95,7 +95,6 @@ def draw_batch(run: Run, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x0, t = draw_images(images, n, g), run.draw_times(n, g)
     return x0, t, torch.randn(x0.shape, generator=g, device=x0.device)
 
-# %% ../nbs/41_training.ipynb #825daa6d
 def update(run: Run, images: Tensor, rate: float) -> Tensor:
     "One update. Every process draws the whole batch and computes its share of it."
     a, denoise, losses = run.accelerator, copy.copy(run.denoise), []
@@ -115,7 +114,7 @@ def update(run: Run, images: Tensor, rate: float) -> Tensor:
     run.step += 1
     return torch.stack(losses).mean()
 
-# %% ../nbs/41_training.ipynb #6e03c523
+# %% ../nbs/41_training.ipynb #41c0820c
 def save_run(run: Run, path: Path) -> None:
     "Write everything that the next step depends on, whole or not at all."
     parts = {"net": run.denoise.net.state_dict(), "ema": run.ema.net.state_dict()}
@@ -124,6 +123,20 @@ def save_run(run: Run, path: Path) -> None:
     tensors = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.items()}
     notes = dict(step=run.step, seconds=run.seconds, updates=run.ema.updates, recipe=run.recipe())
     write_tensors(path, tensors | {"generator": run.generator.get_state()}, notes)
+
+def find_checkpoint(out: str | Path, resume: bool) -> Path:
+    "Where a run keeps its checkpoint; it must not be there when a run begins."
+    path = Path(out)/"checkpoint.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not resume: raise FileExistsError(
+        f"out: {out} holds a checkpoint; go on from it with resume, or name another folder")
+    return path
+
+def describe(run: Run, images: Tensor) -> dict:
+    "What a card says of a run: how much, how long, on what."
+    return dict(images=len(images), size=list(images.shape[1:]), **run.settings, steps=run.step,
+                finished=run.finished, seconds=round(run.seconds, 1),
+                **where_computed(run.accelerator))
 
 # %% ../nbs/41_training.ipynb #1266ffc6
 def load_run(run: Run, path: Path) -> None:
@@ -144,15 +157,6 @@ def load_run(run: Run, path: Path) -> None:
     run.step, run.seconds, run.ema.updates = (notes[k] for k in ("step", "seconds", "updates"))
 
 # %% ../nbs/41_training.ipynb #8705479e
-def find_checkpoint(out: str | Path, resume: bool) -> Path:
-    "Where a run keeps its checkpoint; it must not be there when a run begins."
-    path = Path(out)/"checkpoint.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not resume: raise FileExistsError(
-        f"out: {out} holds a checkpoint; go on from it with resume, or name another folder")
-    return path
-
-# %% ../nbs/41_training.ipynb #e0c484f4
 #| code-fold: true
 class Monitor:
     "Follows a run: its clock, its losses, its bar and its checkpoints."
@@ -160,8 +164,7 @@ class Monitor:
 
     def __init__(self, run: Run, steps: int | None, minutes: float | None,
                  checkpoint: Path | None, save_every: float, progress: bool, clock: Callable):
-        self.clock = clock
-        self.run, self.steps, self.seconds = run, steps, 60*(minutes or 0)
+        self.run, self.clock, self.steps, self.seconds = run, clock, steps, 60*(minutes or 0)
         self.checkpoint, self.save_every, self.losses = checkpoint, save_every, []
         self.saved, self.start = time.perf_counter(), clock() - run.seconds
         self.bar = tqdm(total=1, initial=self.share(), bar_format=self.FORMAT, mininterval=.5,
@@ -197,13 +200,6 @@ class Monitor:
         if self.checkpoint and self.run.accelerator.is_main_process:
             save_run(self.run, self.checkpoint)
         self.saved = time.perf_counter()
-
-# %% ../nbs/41_training.ipynb #5923c87d
-def describe(run: Run, images: Tensor) -> dict:
-    "What a card says of a run: how much, how long, on what."
-    return dict(images=len(images), size=list(images.shape[1:]), **run.settings, steps=run.step,
-                finished=run.finished, seconds=round(run.seconds, 1),
-                **where_computed(run.accelerator))
 
 # %% ../nbs/41_training.ipynb #ed843fd6
 def check_storable(
@@ -303,7 +299,7 @@ def train(
 SCALES = dict(small=dict(width=(32, 64), attention=0), laptop=dict(width=(64, 128), attention=0),
               full=dict(width=(128, 256, 256), blocks=2))
 
-# %% ../nbs/41_training.ipynb #f1c16b04
+# %% ../nbs/41_training.ipynb #490fec99
 OPTIMIZERS = dict(adamw="training", muon="recipe")      # the chapter that builds it
 
 def find_optimizer(name: str) -> Callable:
@@ -312,7 +308,6 @@ def find_optimizer(name: str) -> Callable:
         raise ValueError(f"optimizer: got {name!r}, wanted {' or '.join(OPTIMIZERS)}")
     return getattr(import_module(f"diffusion_book.{OPTIMIZERS[name]}"), name)
 
-# %% ../nbs/41_training.ipynb #fe22925d
 def note_command(data: str, settings: dict) -> dict:
     "For the card: the data and the whole command, without folders, which differ by machine."
     said = [w for k, v in settings.items() if v is not None for w in (f"--{k}", str(v))]
