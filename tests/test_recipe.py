@@ -9,7 +9,7 @@ from torch import nn
 
 from diffusion_book.images import load_digits_images
 from diffusion_book.objective import Denoiser
-from diffusion_book.recipe import Muon, is_matrix, muon, orthogonal
+from diffusion_book.recipe import MuonAdamW, is_matrix, muon, orthogonal
 from diffusion_book.schedules import cosine_schedule
 from diffusion_book.training import adamw, train
 from diffusion_book.unet import UNet
@@ -42,7 +42,7 @@ def test_the_step_is_torchs_own():
             (net(torch.randn(64, 40, generator=g)) - 1).square().mean().backward()
             optimizer.step()
         return net.weight.detach() - first
-    ours = walk(lambda p: Muon(p, 1e-2, weight_decay=.01))
+    ours = walk(lambda p: MuonAdamW(p, 1e-2, weight_decay=.01))
     theirs = walk(lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=.01, momentum=.95, adjust_lr_fn="match_rms_adamw"))
     # both iterate in bfloat16, in another order of operations: rounding of 1 in 256 a factor, some tens of factors
     assert nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > .98
