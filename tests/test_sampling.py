@@ -162,3 +162,14 @@ def test_command_line(tmp_path):
         bad = run(*args, *(() if "--out" in args else ("--out", str(tmp_path/"b.png"))))
         assert bad.returncode != 0 and wanted in bad.stderr and "Traceback" not in bad.stderr, bad.stderr
     assert not (tmp_path/"b.png").exists() and not (tmp_path/"b.json").exists()
+
+
+def test_the_film_begins_with_as_much_noise_as_the_first_time_has():
+    from diffusion_book.edm import EDMSchedule, heun
+    from diffusion_book.sampling import film_frames
+    class Blank:
+        schedule, card, net = EDMSchedule(), dict(size=(1, 8, 8)), torch.nn.Linear(1, 1)
+        def __call__(self, xt, t, cond=None): return torch.zeros_like(xt)
+    frames = film_frames(Blank(), 64, Blank.schedule.times(3), heun, seed=0)
+    n = frames[0].numel()
+    assert abs(frames[0].std()/Blank.schedule.T - 1) < 5/(2*n)**.5      # five standard errors of a standard deviation
