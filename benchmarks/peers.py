@@ -42,7 +42,7 @@ class Budget(NamedTuple):
     minutes: float
     clock: Callable     # seconds gone: time.perf_counter or time.process_time
 
-def by_the_clock(budget: "Budget", net: nn.Module, loss: Callable, optimizer: torch.optim.Optimizer, rate: Callable,
+def by_the_clock(budget: Budget, net: nn.Module, loss: Callable, optimizer: torch.optim.Optimizer, rate: Callable,
                  max_norm: float | None, after: Callable = lambda: None) -> int:
     "Updates until the time is up. `rate(step, share of the time)` is the factor on the learning rate."
     peak, start, steps, done = optimizer.param_groups[0]["lr"], budget.clock(), 0, 0.

@@ -14,12 +14,11 @@ import torch
 from diffusion_book.dpm_solver import dpm_solver, logsnr_times
 from diffusion_book.edm import lognormal_times
 from diffusion_book.images import load_full_fashion, make_accelerator
+from diffusion_book.judge import draw_all
 from diffusion_book.metrics import Moments, frechet_distance, shipped_moments, views
 from diffusion_book.objective import Denoiser
-from diffusion_book.recipe import muon
-from diffusion_book.sampling import sample
 from diffusion_book.schedules import schedule_from_config
-from diffusion_book.training import Run, adamw, learning_rate, train, update
+from diffusion_book.training import Run, find_optimizer, learning_rate, train, update
 from diffusion_book.unet import UNet
 from machine import machine, write_json
 
@@ -28,8 +27,6 @@ OUT = ROOT/"nbs"/"results"/"recipe.json"
 NET = "width", "blocks", "attention", "patch"       # settings of the network
 RECIPE = dict(width=(32, 64), blocks=1, attention=0, patch=2, schedule="cosine", predicts="v", times="even", optimizer="muon",
               rate="falling", lr=2e-3, batch_size=128, decay=.9995)
-OPTIMIZERS = dict(adamw=adamw, muon=muon)
-
 RATES = dict(falling=learning_rate, held=partial(learning_rate, hold=.4))
 
 # name: what is changed
@@ -60,36 +57,33 @@ def fresh(changes: dict, seed: int) -> tuple[Denoiser, dict]:
     torch.manual_seed(seed)
     denoise = Denoiser(UNet(**{k: said[k] for k in NET}), schedule_from_config({"name": said["schedule"]}), said["predicts"], (-1, 1))
     draw_times = lognormal_times(denoise.schedule, -.75, 1.25) if said["times"] == "lognormal" else None
-    return denoise, dict(batch_size=said["batch_size"], lr=said["lr"], decay=said["decay"], draw_times=draw_times, optimizer=OPTIMIZERS[said["optimizer"]])
+    return denoise, dict(batch_size=said["batch_size"], lr=said["lr"], decay=said["decay"], draw_times=draw_times, optimizer=find_optimizer(said["optimizer"]))
 
 def cost(name: str, images: torch.Tensor, rounds: int = 9) -> float:
     "Processor time of an update over that of the recipe: the median of rounds in which each makes one."
+    if not ROWS[name]: return 1.
     runs = [Run(denoise, make_accelerator("cpu", "auto"), **how) for denoise, how in (fresh(ROWS[name], 0), fresh({}, 0))]
     def seconds(run):
         start = time.process_time()
         update(run, images, 1e-4)
         return time.process_time() - start
     for run in runs: seconds(run)
-    return 1. if not ROWS[name] else statistics.median(seconds(runs[0])/seconds(runs[1]) for _ in range(rounds))
+    return statistics.median(seconds(runs[0])/seconds(runs[1]) for _ in range(rounds))
 
 def trained(images: torch.Tensor, name: str, seed: int, updates: int) -> Denoiser:
     "A denoiser with averaged weights."
     denoise, how = fresh(ROWS[name], seed)
     run = train(denoise, images, steps=updates, seed=seed, device="cpu", progress=False, rate=RATES[(RECIPE | ROWS[name])["rate"]], **how)
-    return Denoiser(run.ema.net.eval(), denoise.schedule, denoise.predicts, denoise.clip)
-
-@torch.no_grad()
-def drawn(denoise: Denoiser, n: int, seed: int, batch: int = 250) -> torch.Tensor:
-    "Images, some at a time."
-    g, times = torch.Generator().manual_seed(seed), logsnr_times(denoise.schedule, 20)
-    return torch.cat([sample(denoise, (min(batch, n - i), 1, 28, 28), denoise.schedule, dpm_solver, times=times, generator=g, progress=False)
-                      for i in range(0, n, batch)])
+    denoise = Denoiser(run.ema.net.eval(), denoise.schedule, denoise.predicts, denoise.clip)
+    denoise.card = dict(size=images.shape[1:])
+    return denoise
 
 def row(name: str, seed: int, images: torch.Tensor, updates: int, n: int, price: float) -> dict:
     "Train, draw, score."
     start, steps = time.process_time(), round(updates/price)
     denoise = trained(images, name, seed, steps)
-    seen = views(drawn(denoise, n, seed + 1))
+    times = logsnr_times(denoise.schedule, 20)
+    seen = views(draw_all(denoise, n, None, dpm_solver, seed + 1, times=times, progress=False))
     return dict(name=name, seed=seed, changes=ROWS[name], cost=round(price, 3), updates=steps,
                 images_seen=steps*(RECIPE | ROWS[name])["batch_size"], parameters=sum(p.numel() for p in denoise.net.parameters()),
                 **{k: round(frechet_distance(Moments(seen[view]), shipped_moments("test", view)), 4)

@@ -22,8 +22,9 @@ from machine import machine, write_json
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/"nbs"/"results"/"samplers.json"
 BUDGETS = 1, 2, 4, 8, 16, 50
-SPACINGS = dict(even=lambda s, n: s.times(n), karras=karras_times, logsnr=logsnr_times,
-                card=lambda s, n: torch.tensor([*load_pretrained("fashion_one_step").card["sampling_times"][str(n)], 0.]))
+# times(denoise, n)
+SPACINGS = dict(even=lambda d, n: d.schedule.times(n), karras=lambda d, n: karras_times(d.schedule, n), logsnr=lambda d, n: logsnr_times(d.schedule, n),
+                card=lambda d, n: torch.tensor([*d.card["sampling_times"][str(n)], 0.]))
 # name: sampler, its options, spacing of its times, model
 WALKS = {
     "ancestral": ("ddpm", {}, "even", "fashion"),
@@ -49,7 +50,7 @@ def draw(name: str, budget: int, n: int, seed: int, batch: int) -> tuple[torch.T
     "Samples, evaluations made for each, seconds of processor time."
     sampler, options, spacing, model = WALKS[name]
     counted = CountCalls(load_pretrained(model))
-    times, start = SPACINGS[spacing](counted.schedule, moves_for(sampler, budget)), time.process_time()
+    times, start = SPACINGS[spacing](counted, moves_for(sampler, budget)), time.process_time()
     x = draw_all(counted, n, None, find_sampler(sampler), seed, batch, times=times, progress=False, **options)
     return x, counted.calls//-(-n//batch), time.process_time() - start
 
