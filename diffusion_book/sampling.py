@@ -10,7 +10,6 @@ __all__ = ['SAMPLERS', 'SPACINGS', 'Step', 'descending', 'ask', 'ddpm', 'sample'
 import json
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .pictures import film, image_grid, to_uint8
 from .posterior import reverse_step
-from .schedules import Schedule, like
+from .schedules import Schedule, from_chapter, like
 from .training import load_model, load_pretrained
 
 # %% ../nbs/42_sampling.ipynb #b23163b9
@@ -117,7 +116,7 @@ def find_sampler(
     "A sampler by name; its chapter's module is imported only now."
     if name not in SAMPLERS:
         raise ValueError(f"sampler: got {name!r}, wanted one of {', '.join(SAMPLERS)}")
-    return getattr(import_module(f"diffusion_book.{SAMPLERS[name]}"), name)
+    return from_chapter(f"{SAMPLERS[name]}.{name}")
 
 # %% ../nbs/42_sampling.ipynb #57af0a79
 SPACINGS: dict[str, str] = dict(    # whose times a sampler walks best; even for all others
@@ -129,8 +128,7 @@ def find_times(
 ) -> Callable:      # times(schedule, n): n+1 descending times from T to 0
     "The spacing of times that suits a sampler, by the sampler's name."
     if name not in SPACINGS: return lambda schedule, n: schedule.times(n)
-    module, spacing = SPACINGS[name].split(".")
-    return getattr(import_module(f"diffusion_book.{module}"), spacing)
+    return from_chapter(SPACINGS[name])
 
 # %% ../nbs/42_sampling.ipynb #2ccd33d7
 def find_model(

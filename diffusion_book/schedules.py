@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'LATER', 'Schedule', 'DiscreteSchedule', 'linear_schedule', 'scaled_linear_schedule', 'cosine_schedule',
-           'sigmoid_schedule', 'like', 'noise_to', 'zero_terminal_snr', 'check_moves', 'schedule_from_config']
+           'sigmoid_schedule', 'like', 'noise_to', 'zero_terminal_snr', 'check_moves', 'from_chapter',
+           'schedule_from_config']
 
 # %% ../nbs/14_schedules.ipynb #2d1cc571
 import math
@@ -299,6 +300,13 @@ def random_times(self: DiscreteSchedule,
 #| code-fold: true
 LATER = dict(vp="sde.VPSchedule", edm="edm.EDMSchedule", flow="flow.FlowSchedule")
 
+def from_chapter(
+    where: str,     # module and name, such as "sde.VPSchedule"
+) -> Callable:      # what it names
+    "Something of any chapter, a later one too: its module is imported only now."
+    module, name = where.split(".")
+    return getattr(import_module(f"diffusion_book.{module}"), name)
+
 def schedule_from_config(
     config: dict,       # a schedule's `config`: its name and arguments
 ) -> Schedule:          # the schedule; a later chapter's module is imported only now
@@ -307,9 +315,7 @@ def schedule_from_config(
     name = config.get("name")
     if name == "custom": return DiscreteSchedule(torch.tensor(args["beta"], dtype=torch.float64))
     if name == "zero_terminal_snr": return zero_terminal_snr(schedule_from_config(args["of"]))
-    if name in LATER:
-        module, maker = LATER[name].split(".")
-        return getattr(import_module(f"diffusion_book.{module}"), maker)(**args)
+    if name in LATER: return from_chapter(LATER[name])(**args)
     if name not in SCHEDULES: raise ValueError(
         f"schedule: got {name!r}, wanted one of {', '.join([*SCHEDULES, *LATER])}")
     return SCHEDULES[name](**args)

@@ -9,7 +9,6 @@ __all__ = ['SCALES', 'learning_rate', 'EMA', 'adamw', 'check_storable', 'save_mo
 # %% ../nbs/41_training.ipynb #e1895b06
 import copy, json, math, shlex, time
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from .images import (
     check_images, draw_images, fill, load_images, make_accelerator, pick_device, pick_precision,
     read_tensors, stop_politely, where_computed, write_json, write_tensors)
 from .objective import Denoiser, simple_loss
-from .schedules import schedule_from_config
+from .schedules import from_chapter, schedule_from_config
 from .unet import UNet
 
 # %% ../nbs/41_training.ipynb #eab3bb61
@@ -306,7 +305,7 @@ def find_optimizer(name: str) -> Callable:
     "An optimiser by name: optimizer(params, lr)."
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer: got {name!r}, wanted {' or '.join(OPTIMIZERS)}")
-    return getattr(import_module(f"diffusion_book.{OPTIMIZERS[name]}"), name)
+    return from_chapter(f"{OPTIMIZERS[name]}.{name}")
 
 def note_command(data: str, settings: dict) -> dict:
     "For the card: the data and the whole command, without folders, which differ by machine."
