@@ -2,7 +2,7 @@
 
 `python benchmarks/peers.py --data_dir FOLDER` trains each for --minutes on all of Fashion-MNIST with the same threads, one after
 the other; draws --n samples of each with the same number of evaluations of the network; scores them against the whole test set
-(diffusion_book.judge); and writes benchmarks/results/peers.json, peers.md and one sheet of pictures each. It goes on where it was stopped.
+(diffusion_book.judge); prints the table; and writes nbs/results/peers.json and one sheet of pictures each. It goes on where it was stopped.
 
 Each peer has its own network, loss, schedule, optimiser, averaging, augmentation and sampler, as its example or trainer has them.
 Two things are changed in their favour, because ten minutes on a small machine are not what they were made for: smalldiffusion's batch
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -33,7 +33,7 @@ from machine import machine, write_json
 from speed import diffusers_unet, stand_in
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT/"benchmarks"/"results"
+OUT = ROOT/"nbs"/"results"
 Draw = Callable[[int, int], torch.Tensor]   # draw(n, evaluations) gives n images in [-1, 1]
 
 # ------------------------------------------------------------------ a loop for all peers
@@ -78,12 +78,12 @@ def ours(images: torch.Tensor, budget: Budget, seed: int) -> tuple[Draw, int, in
     "The book's own: what `diffusion_book_train --data fashion-full` does."
     torch.manual_seed(seed)
     denoise = Denoiser(UNet(**SCALES["small"]), cosine_schedule(), "v", clip=(-1, 1))
-    run = train(denoise, images, minutes=budget.minutes, clock=budget.clock, batch_size=128, optimizer=muon, seed=seed, device="cpu", progress=False)
+    run = train(denoise, images, minutes=budget.minutes, clock=budget.clock, optimizer=muon, seed=seed, device="cpu", progress=False)
     denoise = Denoiser(run.ema.net.eval(), denoise.schedule, "v", clip=(-1, 1))
     g = torch.Generator().manual_seed(seed)
     def draw(n, evaluations):
         times = logsnr_times(denoise.schedule, evaluations)
-        return sample(denoise, (n, 1, 28, 28), denoise.schedule, dpm_solver, times=times, generator=g, progress=False)
+        return sample(denoise, (n, 1, 28, 28), denoise.schedule, dpm_solver, times=times, eta=1., generator=g, progress=False)
     return draw, run.step, run.step*run.settings["batch_size"]
 
 def diffusers(images: torch.Tensor, budget: Budget, seed: int, lr: float = 1e-3, batch: int = 64) -> tuple[Draw, int, int]:
@@ -157,14 +157,9 @@ def table(result: dict) -> str:
     head = f"{result['minutes']:g} minutes each ({result['clock']} time), {result['evaluations']} evaluations a sample, {result['n']:,} samples against the 10,000 test images."
     return "\n".join([head, "", lines[0], "|" + "---|"*len(rows[0]), *lines[1:]]) + "\n"
 
-def sheet(pictures: dict[str, torch.Tensor]) -> Image.Image:
-    "Contact sheets side by side, each with its name above."
-    pages = [Image.fromarray(to_uint8(image_grid(x[:64], 8))[0].numpy()).resize((480, 480), Image.NEAREST) for x in pictures.values()]
-    page = Image.new("L", (20 + 500*len(pages), 530), 255)
-    for i, (name, p) in enumerate(zip(pictures, pages)):
-        page.paste(p, (20 + 500*i, 30))
-        ImageDraw.Draw(page).text((20 + 500*i, 8), name, fill=0)
-    return page
+def sheet(x: torch.Tensor) -> Image.Image:
+    "The first forty, on one sheet."
+    return Image.fromarray(to_uint8(image_grid(x[:40], 8))[0].numpy())
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,10 +189,9 @@ def main() -> None:
         seconds = time.perf_counter() - start
         scores = {k: asdict(s) for k, s in judge(x, reference, args.seed).items()}
         rows.append(dict(name=name, steps=steps, images_seen=seen, sampling_seconds=round(seconds, 1), scores=scores))
-        result = dict(command="python benchmarks/peers.py --data_dir FOLDER", **said, rows=rows, machine=machine())
+        result = dict(command=f"python benchmarks/peers.py --data_dir FOLDER --threads {args.threads}", **said, rows=rows, machine=machine())
         write_json(path, result)
-        sheet({f"{name}: {seen:,} images seen": x}).save(args.out/f"peers-{name}.png", optimize=True)
-        (args.out/"peers.md").write_text(table(result))
-    print((args.out/"peers.md").read_text())
+        sheet(x).save(args.out/f"peers-{name}.png", optimize=True)
+    print(table(json.loads(path.read_text())))
 
 if __name__ == "__main__": main()

@@ -5,7 +5,6 @@ same first weights on the same batches, over several seeds, and scores it along 
 nbs/results/predictions.json, which the chapter on training draws. About 10 minutes of computing on one core.
 """
 import argparse, time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from diffusion_book.images import load_digits_images
 from diffusion_book.objective import Denoiser
 from diffusion_book.sampling import sample
 from diffusion_book.schedules import linear_schedule, noise_to
-from diffusion_book.training import Run, learning_rate, train
+from diffusion_book.training import Run, train
 from diffusion_book.unet import UNet
 from machine import machine, write_json
 
@@ -61,7 +60,7 @@ def one_run(kind: str, seed: int, steps: int, looks: list, real: Tensor, held_ou
     def averaged(run: Run): return Denoiser(run.ema.net, denoise.schedule, kind, clip=(-1, 1))
     def watch(run: Run, loss: Tensor):
         if run.step in looks: scores[str(64*run.step)] = score(averaged(run), real, len(held_out), 2, 30)
-    run = train(denoise, real, steps=steps, decay=.99, seed=seed, precision="fp32", progress=False, watch=watch, rate=partial(learning_rate, hold=.4))
+    run = train(denoise, real, steps=steps, decay=.99, seed=seed, precision="fp32", progress=False, watch=watch)
     return dict(scores=scores, errors=errors_by_time(averaged(run), held_out))
 
 def main():

@@ -9,7 +9,6 @@ and a cosine decay to zero as in the training tutorial, batch 64, the better of 
 The tutorial's rate is 1e-4, the course's 1e-3 for this network; the course's is the default because it is better in minutes.
 """
 import argparse, time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from diffusion_book.objective import Denoiser
 from diffusion_book.pictures import image_grid, load_fashion, to_uint8
 from diffusion_book.sampling import sample
 from diffusion_book.schedules import cosine_schedule, linear_schedule
-from diffusion_book.training import learning_rate, train
+from diffusion_book.training import train
 from diffusion_book.unet import UNet
 from machine import machine, write_json
 from speed import FORMATS, OURS, RIVAL, diffusers_unet
@@ -31,8 +30,7 @@ def ours(images: torch.Tensor, minutes: float, seed: int, precision: str) -> tup
     "The book's own: UNet() on the cosine schedule predicting v, trained by `train`."
     torch.manual_seed(seed)
     denoise = Denoiser(UNet(), cosine_schedule(), "v", clip=(-1, 1))
-    run = train(denoise, images, minutes=minutes, seed=seed, device="cpu", precision=precision,
-                rate=partial(learning_rate, hold=.4))
+    run = train(denoise, images, minutes=minutes, seed=seed, device="cpu", precision=precision)
     return Denoiser(run.ema.net.eval(), denoise.schedule, "v", clip=(-1, 1)), dict(steps=run.step, seconds=round(run.seconds, 1))
 
 def theirs(images: torch.Tensor, minutes: float, seed: int, lr: float, memory: str, batch: int = 64) -> tuple[Denoiser, dict]:

@@ -27,7 +27,7 @@ OUT = ROOT/"nbs"/"results"/"recipe.json"
 NET = "width", "blocks", "attention", "patch"       # settings of the network
 RECIPE = dict(width=(32, 64), blocks=1, attention=0, patch=2, schedule="cosine", predicts="v", times="even", optimizer="muon",
               rate="falling", lr=2e-3, batch_size=128, decay=.9995)
-RATES = dict(falling=learning_rate, held=partial(learning_rate, hold=.4))
+RATES = dict(falling=partial(learning_rate, hold=0.), held=learning_rate)
 
 # name: what is changed
 ROWS = {
@@ -39,6 +39,8 @@ ROWS = {
     "batch of 64": dict(batch_size=64),
     "batch of 256": dict(batch_size=256),
     "rate held for 40 %": dict(rate="held"),
+    "batch of 64, rate held for 40 %": dict(batch_size=64, rate="held"),
+    "batch of 64, rate held, width 48, 96": dict(batch_size=64, rate="held", width=(48, 96)),
     "rate doubled": dict(lr=4e-3),
     "times normal in ln sigma": dict(times="lognormal"),
     "predicting eps": dict(predicts="eps"),

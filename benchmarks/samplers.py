@@ -30,14 +30,14 @@ WALKS = {
     "ancestral": ("ddpm", {}, "even", "fashion"),
     "DDIM": ("ddim", {}, "even", "fashion"),
     "reverse SDE": ("euler_maruyama", {}, "even", "fashion"),
+    "Euler": ("euler", {}, "karras", "fashion"),
     "ancestral Euler": ("euler_ancestral", {}, "karras", "fashion"),
     "Heun": ("heun", {}, "karras", "fashion"),
     "DPM-Solver++ 2": ("dpm_solver", dict(order=2), "even", "fashion"),
     "DPM-Solver++ 2, log-SNR": ("dpm_solver", dict(order=2), "logsnr", "fashion"),
-    "DPM-Solver++ 3": ("dpm_solver", dict(order=3), "even", "fashion"),
     "DPM-Solver++ 3, log-SNR": ("dpm_solver", dict(order=3), "logsnr", "fashion"),
     "UniPC 2, log-SNR": ("unipc", dict(order=2), "logsnr", "fashion"),
-    "UniPC 3, log-SNR": ("unipc", dict(order=3), "logsnr", "fashion"),
+    "SDE-DPM-Solver++ 2, log-SNR": ("sde_dpm_solver", dict(order=2), "logsnr", "fashion"),
     "consistency": ("consistency", {}, "card", "fashion_one_step"),    # which names times for 1, 2 and 4 evaluations
 }
 REFERENCE = "ancestral"     # with every step of the schedule
@@ -74,7 +74,7 @@ def main() -> None:
         x, calls, seconds = draw(name, budget, args.n, args.seed, args.batch)
         scores = {k: asdict(s) for k, s in judge(x, reference, args.seed).items()}
         rows.append(dict(name=name, budget=budget, evaluations=calls, seconds=round(seconds, 2), scores=scores))
-        print(f"{name:26} {calls:5} evaluations {seconds:7.1f} s  Frechet {scores['frechet']['value']:.3f}", flush=True)
+        print(f"{name:28} {calls:5} evaluations {seconds:7.1f} s  Frechet {scores['frechet']['value']:.3f}", flush=True)
         write_json(args.out, dict(command=command, n=args.n, seed=args.seed, rows=rows, machine=machine()))
 
 if __name__ == "__main__": main()

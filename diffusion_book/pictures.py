@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CLASS_NAMES', 'PALETTE', 'from_uint8', 'load_fashion', 'to_uint8', 'image_grid', 'show_images', 'film', 'book_style',
-           'at_scale']
+           'at_scale', 'load_results']
 
 # %% ../nbs/01_pictures.ipynb #e012232e
 import io
+import json
 import os
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -167,6 +169,16 @@ def at_scale(
     scale = os.environ.get("DIFFUSION_BOOK_SCALE", "laptop")
     if scale in choices: return choices[scale]
     raise ValueError(f'DIFFUSION_BOOK_SCALE: got {scale!r}, wanted "laptop" or "full"')
+
+# %% ../nbs/01_pictures.ipynb #86896cc5
+#| code-fold: true
+def load_results(
+    name: str,  # file in the folder nbs/results, such as "samplers.json"
+) -> dict:      # what is in it: the command that made it, settings, rows
+    "A stored result, found from the folder of the chapters and from the one above it."
+    for folder in (Path("results"), Path("nbs/results")):
+        if (folder/name).exists(): return json.loads((folder/name).read_text())
+    raise FileNotFoundError(f"name: got {name!r}, wanted a file in nbs/results; run from the book's folder")
 
 # %% ../nbs/01_pictures.ipynb #47e046c1
 #| code-fold: true

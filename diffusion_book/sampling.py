@@ -108,7 +108,8 @@ def sample(
 # %% ../nbs/42_sampling.ipynb #c1307846
 SAMPLERS: dict[str, str] = dict(    # where each is, so that later chapters' are found as well
     ddpm="sampling", ddim="ddim", euler_maruyama="sde", euler="edm", euler_ancestral="edm",
-    heun="edm", dpm_solver="dpm_solver", unipc="dpm_solver", consistency="consistency")
+    heun="edm", dpm_solver="dpm_solver", sde_dpm_solver="dpm_solver", unipc="dpm_solver",
+    consistency="consistency")
 
 def find_sampler(
     name: str,      # one of SAMPLERS
@@ -121,7 +122,8 @@ def find_sampler(
 # %% ../nbs/42_sampling.ipynb #57af0a79
 SPACINGS: dict[str, str] = dict(    # whose times a sampler walks best; even for all others
     euler="edm.karras_times", euler_ancestral="edm.karras_times", heun="edm.karras_times",
-    dpm_solver="dpm_solver.logsnr_times", unipc="dpm_solver.logsnr_times")
+    dpm_solver="dpm_solver.logsnr_times", sde_dpm_solver="dpm_solver.logsnr_times",
+    unipc="dpm_solver.logsnr_times")
 
 def find_times(
     name: str,      # one of SAMPLERS

@@ -31,9 +31,9 @@ def learning_rate(
     step: int,          # updates made so far
     peak: float,        # the rate that all shares are of
     warmup: int = 100,  # updates to rise over
-    hold: float = 0.,   # share of the run before the fall begins, 0 or more, below 1
+    hold: float = .4,   # share of the run before the fall begins, 0 or more, below 1
 ) -> float:
-    "Rise over the first updates; fall in a straight line to zero at the end."
+    "Rise over the first updates, hold, fall in a straight line to zero at the end."
     return peak*min(1, (step + 1)/warmup)*min(1, (1 - progress)/(1 - hold))
 
 # %% ../nbs/41_training.ipynb #32dc8615
@@ -295,7 +295,7 @@ def train(
     return run
 
 # %% ../nbs/41_training.ipynb #8007e701
-SCALES = dict(small=dict(width=(32, 64), attention=0), laptop=dict(width=(64, 128), attention=0),
+SCALES = dict(small=dict(width=(48, 96), attention=0), laptop=dict(width=(64, 128), attention=0),
               full=dict(width=(128, 256, 256), blocks=2))
 
 # %% ../nbs/41_training.ipynb #490fec99
@@ -322,7 +322,7 @@ def diffusion_book_train(
     scale: str = "small",           # size of the network: "small", "laptop" or "full"
     schedule: str = "cosine",       # "linear", "scaled_linear", "cosine" or "sigmoid"
     predicts: str = "v",            # "eps", "x0", "v", "score" or "flow"
-    batch_size: int = 128,          # images an update
+    batch_size: int = 64,           # images an update
     accumulate: int = 1,            # parts a batch is split into, to save memory
     lr: float = 2e-3,               # highest learning rate
     optimizer: str = "muon",        # "adamw" or "muon"

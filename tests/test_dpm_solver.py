@@ -7,6 +7,7 @@ from diffusers import DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler,
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion_book.ddim import ddim
 from diffusion_book.dpm_solver import dpm_solver, leap, logsnr_times, moments, node_weights, unipc
 from diffusion_book.ideal import GaussianMixture, MixtureDenoiser
 from diffusion_book.sampling import Step, sample
@@ -187,8 +188,61 @@ def test_equals_diffusers_unipc(variant, schedule):
         assert apart(unipc, UniPCMultistepScheduler, n, dict(order=3, variant=variant, corrector=False), schedule, solver_order=3, solver_type=variant, disable_corrector=list(range(n))) < 1e-5
 
 
+# ------------------------------------------------------------------ fresh noise
+@EACH
+@pytest.mark.parametrize("rule, name", [("midpoint", "midpoint"), ("exact", "heun")])
+def test_full_fresh_noise_equals_diffusers_sde_solver(rule, name, schedule):
+    for n in COUNTS:
+        for order in (1, 2):
+            peer = DPMSolverMultistepScheduler(1000, prediction_type="sample", final_sigmas_type="zero", trained_betas=schedule.beta[1:].tolist(),
+                                               algorithm_type="sde-dpmsolver++", solver_order=order, solver_type=name)
+            peer.set_timesteps(n)
+            times = torch.cat([peer.timesteps + 1, torch.zeros(1, dtype=torch.long)])
+            x = y = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+            g, h = (torch.Generator().manual_seed(1) for _ in range(2))
+            for step, i in zip(dpm_solver(answer, x, schedule, times, order=order, rule=rule, eta=1., generator=g), peer.timesteps):
+                y = peer.step(answer(y, i + 1), i, y, variance_noise=torch.randn(x.shape, generator=h)).prev_sample
+                assert (step.x - y).abs().max() < 1e-5
+
+@given(st.floats(0, 1), st.integers(2, 12))
+def test_order_one_is_ddim_with_the_same_eta(eta, n):
+    denoise, x = MixtureDenoiser(WORLD, SCHEDULE), start(SCHEDULE, 5)
+    def walk(sampler, **options): return sampler(denoise, x, SCHEDULE, SCHEDULE.times(n), eta=eta, generator=torch.Generator().manual_seed(1), **options)
+    for ours, theirs in zip(walk(dpm_solver, order=1), walk(ddim)): torch.testing.assert_close(ours.x, theirs.x, rtol=1e-8, atol=1e-8)
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, cosine_schedule(), Straight(), Exploding()], ids=["linear", "cosine", "straight", "exploding"])
+@pytest.mark.parametrize("eta", [.4, 1.])
+def test_marginals_are_right_at_every_time_with_fresh_noise(schedule, eta):
+    "Mean and covariance of 4,000 samples against the chain's; five standard errors of a mean are 0.06 of the spread, and 100 moves are off by less."
+    denoise, n = MixtureDenoiser(WORLD, schedule), 4000
+    p, m, s = WORLD.weights, WORLD.means, WORLD.std
+    mean = (p[:, None]*m).sum(0)
+    cov = ((m - mean).T*p) @ (m - mean) + (p*s**2).sum()*torch.eye(2, dtype=torch.float64)
+    for step in dpm_solver(denoise, start(schedule, n), schedule, logsnr_times(schedule, 100, high=None), eta=eta, generator=torch.Generator().manual_seed(3)):
+        a, b = schedule.signal(step.t), schedule.noise(step.t)
+        wanted = a**2*cov + b**2*torch.eye(2, dtype=torch.float64)
+        spread = wanted.diagonal().max().sqrt()
+        assert (step.x.mean(0) - a*mean).abs().max() < .1*spread, step.t
+        assert (step.x.T.cov() - wanted).abs().max() < .15*spread**2, step.t
+
+@pytest.mark.parametrize("order, slope", [(1, 1), (2, 2), (3, 2)])
+def test_the_spread_under_fresh_noise_converges_with_this_order(order, slope, monkeypatch):
+    "One Gaussian: the walk is linear, so unit draws give the variance exactly. Noise takes the third order down to the second."
+    denoise = MixtureDenoiser(GaussianMixture(torch.tensor([[0.]], dtype=torch.float64), .5), SCHEDULE)
+    true_variance = lambda t: .25*SCHEDULE.signal(t)**2 + SCHEDULE.noise(t)**2
+    def off(n):
+        x, units = torch.zeros(n + 1, 1, dtype=torch.float64), iter(range(1, n + 1))
+        x[0] = true_variance(SCHEDULE.T).sqrt()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randn", lambda shape, **kwargs: torch.eye(n + 1, dtype=torch.float64)[:, next(units), None])
+            step = last(dpm_solver, denoise, x, SCHEDULE, even(n), order=order, eta=1., lower_order_final=False)
+        return (step.x.square().sum() - true_variance(step.t)).abs().item()
+    assert abs(math.log2(off(96)/off(192)) - slope) < .2
+
+
 # ------------------------------------------------------------------ both ends
 WAYS = [(dpm_solver, dict(order=p, singlestep=s, rule=r, lower_order_final=f)) for p in (1, 2, 3) for s in (False, True) for r in ("midpoint", "exact", "halved") for f in (False, True)]
+WAYS += [(dpm_solver, dict(order=p, eta=eta)) for p in (1, 2, 3) for eta in (.5, 1.)]
 WAYS += [(unipc, dict(order=p, variant=v, lower_order_final=f, corrector=c)) for p in (1, 2, 3) for v in ("bh1", "bh2") for f in (False, True) for c in (False, True)]
 
 @pytest.mark.parametrize("schedule", [zero_terminal_snr(linear_schedule()), cosine_schedule(), Straight(), Exploding()], ids=["zero_terminal", "cosine", "straight", "exploding"])
@@ -204,7 +258,7 @@ def test_every_way_is_finite_at_both_ends(schedule):
 def test_every_way_arrives_at_the_same_points(schedule):
     denoise, x = MixtureDenoiser(WORLD, schedule), start(schedule, 20)
     goal = last(unipc, denoise, x, schedule, logsnr_times(schedule, 300, high=None), order=3).x
-    for sampler, options in WAYS[1::4]:
+    for sampler, options in [way for way in WAYS if "eta" not in way[1]][1::4]:
         off = (last(sampler, denoise, x, schedule, logsnr_times(schedule, 60, high=None), **options).x - goal).abs().max()
         assert off < (.2 if options["order"] == 1 else .05), (options, off)
 
@@ -265,6 +319,12 @@ def test_bad_rules_and_times():
     for n in (0, -1, 2.5):
         with pytest.raises(ValueError, match="n: got"): logsnr_times(SCHEDULE, n)
     with pytest.raises(ValueError, match="high: got -9"): logsnr_times(SCHEDULE, 5, high=-9.)
+
+def test_bad_fresh_noise():
+    x, good = torch.zeros(2, 2), lambda x, t, cond: x
+    for eta in (2, -.1, math.nan):
+        with pytest.raises(ValueError, match="eta: got .*wanted 0 .*to 1"): list(dpm_solver(good, x, SCHEDULE, SCHEDULE.times(4), eta=eta))
+    with pytest.raises(ValueError, match="eta: got 0.5 with singlestep, wanted 0"): list(dpm_solver(good, x, SCHEDULE, eta=.5, singlestep=True))
 
 def test_no_noise_is_drawn():
     g = torch.Generator().manual_seed(0)

@@ -8,7 +8,8 @@ from PIL import Image
 
 from diffusion_book import pictures
 from diffusion_book.pictures import (CLASS_NAMES, PALETTE, at_scale, book_style, check_centroids, check_nearest,
-                                     check_unit_to_uint8, film, from_uint8, image_grid, load_fashion, show_images, to_uint8)
+                                     check_unit_to_uint8, film, from_uint8, image_grid, load_fashion, load_results, show_images,
+                                     to_uint8)
 
 
 floats = st.floats(allow_nan=False, allow_infinity=True, width=32)
@@ -74,6 +75,14 @@ def test_scale_follows_the_variable(monkeypatch):
     for bad in "FULL", "", "large":
         monkeypatch.setenv("DIFFUSION_BOOK_SCALE", bad)
         with pytest.raises(ValueError, match=f"DIFFUSION_BOOK_SCALE: got {bad!r}, wanted"): at_scale(1, 2)
+
+def test_stored_results_are_found_from_the_chapters_and_from_the_top(monkeypatch, tmp_path):
+    (tmp_path/"nbs"/"results").mkdir(parents=True)
+    (tmp_path/"nbs"/"results"/"found.json").write_text('{"command": "run me"}')
+    for folder in tmp_path, tmp_path/"nbs":
+        monkeypatch.chdir(folder)
+        assert load_results("found.json") == {"command": "run me"}
+        with pytest.raises(FileNotFoundError, match="name: got 'lost.json', wanted a file in nbs/results"): load_results("lost.json")
 
 def test_style_gives_each_curve_its_own_dashes():
     import matplotlib.pyplot as plt

@@ -164,7 +164,7 @@ def teach(student, walks: Tensor, images: Tensor, minutes: float, critic_from: f
     contest = Contest(images, g, half=student.precision == "bf16")
     while (seconds := before + time.perf_counter() - start) < 60*minutes:
         progress = seconds/(60*minutes)
-        with_critic, share = progress >= critic_from, learning_rate(progress, step - first, 1., hold=.4)
+        with_critic, share = progress >= critic_from, learning_rate(progress, step - first, 1.)
         for group in opt.param_groups: group["lr"] = lr*share*(.5 if with_critic else 1)
         now = update(student, opt, contest, draw(walks, student.schedule, batch_size, g), share, with_critic, weight)
         ema.update(net)
