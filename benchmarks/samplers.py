@@ -37,6 +37,7 @@ WALKS = {
     "DPM-Solver++ 2, log-SNR": ("dpm_solver", dict(order=2), "logsnr", "fashion"),
     "DPM-Solver++ 3, log-SNR": ("dpm_solver", dict(order=3), "logsnr", "fashion"),
     "UniPC 2, log-SNR": ("unipc", dict(order=2), "logsnr", "fashion"),
+    "UniPC 3, log-SNR": ("unipc", dict(order=3), "logsnr", "fashion"),
     "SDE-DPM-Solver++ 2, log-SNR": ("sde_dpm_solver", dict(order=2), "logsnr", "fashion"),
     "consistency": ("consistency", {}, "card", "fashion_one_step"),    # which names times for 1, 2 and 4 evaluations
 }

@@ -78,7 +78,8 @@ def leap(
     mean = sum(w*x0_hat for w, x0_hat in zip(weights, values))
     x = like(keep/schedule.noise(t), x)*x + like(schedule.signal(s), x)*mean
     if not sigma > 0: return x
-    return x + like(sigma, x)*torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return x + like(sigma, x)*noise
 
 # %% ../nbs/55_dpm_solver.ipynb #e2f4390f
 def move_orders(

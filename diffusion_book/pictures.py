@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASS_NAMES', 'PALETTE', 'from_uint8', 'load_fashion', 'to_uint8', 'image_grid', 'show_images', 'film', 'book_style',
-           'at_scale', 'load_results']
+           'at_scale', 'find_results', 'load_results']
 
 # %% ../nbs/01_pictures.ipynb #e012232e
 import io
@@ -172,13 +172,19 @@ def at_scale(
 
 # %% ../nbs/01_pictures.ipynb #86896cc5
 #| code-fold: true
-def load_results(
+def find_results(
     name: str,  # file in the folder nbs/results, such as "samplers.json"
-) -> dict:      # what is in it: the command that made it, settings, rows
+) -> Path:      # where it is
     "A stored result, found from the folder of the chapters and from the one above it."
     for folder in (Path("results"), Path("nbs/results")):
-        if (folder/name).exists(): return json.loads((folder/name).read_text())
-    raise FileNotFoundError(f"name: got {name!r}, wanted a file in nbs/results; run from the book's folder")
+        if (folder/name).exists(): return folder/name
+    raise FileNotFoundError(f"name: got {name!r}, wanted a file in the book's nbs/results")
+
+def load_results(
+    name: str,  # JSON file in the folder nbs/results
+) -> dict:      # what is in it: the command that made it, settings, rows
+    "A stored table."
+    return json.loads(find_results(name).read_text())
 
 # %% ../nbs/01_pictures.ipynb #47e046c1
 #| code-fold: true

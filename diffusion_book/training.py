@@ -9,6 +9,7 @@ __all__ = ['SCALES', 'learning_rate', 'EMA', 'adamw', 'check_storable', 'save_mo
 # %% ../nbs/41_training.ipynb #e1895b06
 import copy, json, math, shlex, time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def learning_rate(
     hold: float = .4,   # share of the run before the fall begins, 0 or more, below 1
 ) -> float:
     "Rise over the first updates, hold, fall in a straight line to zero at the end."
+    if not 0 <= hold < 1: raise ValueError(f"hold: got {hold}, wanted 0 or more, below 1")
     return peak*min(1, (step + 1)/warmup)*min(1, (1 - progress)/(1 - hold))
 
 # %% ../nbs/41_training.ipynb #32dc8615
@@ -325,6 +327,7 @@ def diffusion_book_train(
     batch_size: int = 64,           # images an update
     accumulate: int = 1,            # parts a batch is split into, to save memory
     lr: float = 2e-3,               # highest learning rate
+    hold: float = .4,               # share of the run before the rate falls
     optimizer: str = "muon",        # "adamw" or "muon"
     decay: float = .9995,           # of the moving average
     seed: int = 0,                  # of first weights, images, times and noise
@@ -344,6 +347,7 @@ def diffusion_book_train(
         denoise = Denoiser(net, schedule_from_config({"name": schedule}), predicts, clip=(-1, 1))
         run = train(denoise, images, out, steps, minutes, batch_size, lr, decay, accumulate, seed,
                     device, precision, resume=resume, optimizer=find_optimizer(optimizer),
+                    rate=partial(learning_rate, hold=hold),
                     card=note_command(Path(data).name, settings))
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as e:
         raise SystemExit(" ".join(f"{type(e).__name__}: {e}".split())) from None

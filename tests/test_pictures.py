@@ -82,7 +82,7 @@ def test_stored_results_are_found_from_the_chapters_and_from_the_top(monkeypatch
     for folder in tmp_path, tmp_path/"nbs":
         monkeypatch.chdir(folder)
         assert load_results("found.json") == {"command": "run me"}
-        with pytest.raises(FileNotFoundError, match="name: got 'lost.json', wanted a file in nbs/results"): load_results("lost.json")
+        with pytest.raises(FileNotFoundError, match="name: got 'lost.json', wanted a file in the book's nbs/results"): load_results("lost.json")
 
 def test_style_gives_each_curve_its_own_dashes():
     import matplotlib.pyplot as plt

@@ -48,6 +48,8 @@ def test_learning_rate_rises_and_falls():
     assert T.learning_rate(0, 0, 1.) == .01 and T.learning_rate(0, 49, 1.) == .5
     assert T.learning_rate(.2, 500, 1., hold=0.) == .8 and T.learning_rate(.4, 500, 1.) == T.learning_rate(.2, 500, 1.) == 1
     assert math.isclose(T.learning_rate(.7, 500, 1.), .5) and T.learning_rate(1, 900, 1.) == 0
+    for hold in (-.1, 1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="hold: got .*, wanted 0 or more, below 1"): T.learning_rate(.5, 500, 1., hold=hold)
 
 def test_draw_batch_covers_every_time():
     run = T.Run(fresh(schedule=cosine_schedule(10)), make_accelerator("cpu", "fp32"), batch_size=4000)
