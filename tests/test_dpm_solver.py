@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_book.ddim import ddim
-from diffusion_book.dpm_solver import dpm_solver, leap, logsnr_times, moments, node_weights, unipc
+from diffusion_book.dpm_solver import dpm_solver, leap, logsnr_times, moments, node_weights, sde_dpm_solver, unipc
 from diffusion_book.ideal import GaussianMixture, MixtureDenoiser
-from diffusion_book.sampling import Step, sample
+from diffusion_book.sampling import Step, ddpm, sample
 from diffusion_book.schedules import Schedule, cosine_schedule, linear_schedule, scaled_linear_schedule, zero_terminal_snr
 
 SCHEDULE = linear_schedule()
@@ -209,6 +209,14 @@ def test_order_one_is_ddim_with_the_same_eta(eta, n):
     denoise, x = MixtureDenoiser(WORLD, SCHEDULE), start(SCHEDULE, 5)
     def walk(sampler, **options): return sampler(denoise, x, SCHEDULE, SCHEDULE.times(n), eta=eta, generator=torch.Generator().manual_seed(1), **options)
     for ours, theirs in zip(walk(dpm_solver, order=1), walk(ddim)): torch.testing.assert_close(ours.x, theirs.x, rtol=1e-8, atol=1e-8)
+
+def test_order_one_with_full_noise_is_ancestral_sampling_and_has_a_name():
+    denoise, x, times = MixtureDenoiser(WORLD, SCHEDULE), start(SCHEDULE, 5), SCHEDULE.times(9)
+    walks = [sampler(denoise, x, SCHEDULE, times, generator=torch.Generator().manual_seed(1), **options)
+             for sampler, options in ((sde_dpm_solver, dict(order=1)), (dpm_solver, dict(order=1, eta=1.)), (ddpm, {}))]
+    for a, b, c in zip(*walks):
+        assert torch.equal(a.x, b.x)
+        torch.testing.assert_close(a.x, c.x, rtol=1e-8, atol=1e-8)
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, cosine_schedule(), Straight(), Exploding()], ids=["linear", "cosine", "straight", "exploding"])
 @pytest.mark.parametrize("eta", [.4, 1.])
