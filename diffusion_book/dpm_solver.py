@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .ddim import fresh_noise
+from .ddim import add_noise, split_noise
 from .sampling import Step, ask, descending
 from .schedules import Schedule, check_moves, like
 
@@ -64,8 +64,7 @@ def leap(
     generator: torch.Generator | None = None,   # where it is drawn from, unless eta or s is 0
 ) -> Tensor:                                    # the sample at time s, x's shape
     "Go from `t` to `s` with x0_hat a polynomial in ell through the looks."
-    sigma = fresh_noise(t, s, schedule, eta)
-    keep = (schedule.noise(s)**2 - sigma**2).clamp(min=0).sqrt()
+    keep, sigma = split_noise(t, s, schedule, eta)
     ell = half_logsnr(t, schedule).item()
     h = half_logsnr(s, schedule).item() - ell
     longer = 1 - (keep/schedule.noise(s)).log().item()/h if eta else 1.
@@ -76,9 +75,7 @@ def leap(
     values = [looks[0][1], *(x0_hat for _, x0_hat in known)]
     mean = sum(w*x0_hat for w, x0_hat in zip(weights, values))
     x = like(keep/schedule.noise(t), x)*x + like(schedule.signal(s), x)*mean
-    if not sigma > 0: return x
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    return x + like(sigma, x)*noise
+    return add_noise(x, sigma, generator)
 
 # %% ../nbs/55_dpm_solver.ipynb #e2f4390f
 def move_orders(

@@ -250,13 +250,13 @@ def test_the_spread_under_fresh_noise_converges_with_this_order(order, slope, mo
 
 # ------------------------------------------------------------------ both ends
 WAYS = [(dpm_solver, dict(order=p, singlestep=s, rule=r, lower_order_final=f)) for p in (1, 2, 3) for s in (False, True) for r in ("midpoint", "exact", "halved") for f in (False, True)]
-WAYS += [(dpm_solver, dict(order=p, eta=eta)) for p in (1, 2, 3) for eta in (.5, 1.)]
 WAYS += [(unipc, dict(order=p, variant=v, lower_order_final=f, corrector=c)) for p in (1, 2, 3) for v in ("bh1", "bh2") for f in (False, True) for c in (False, True)]
+NOISY = [(dpm_solver, dict(order=p, eta=eta)) for p in (1, 2, 3) for eta in (.5, 1.)]      # these arrive somewhere else each time
 
 @pytest.mark.parametrize("schedule", [zero_terminal_snr(linear_schedule()), cosine_schedule(), Straight(), Exploding()], ids=["zero_terminal", "cosine", "straight", "exploding"])
 def test_every_way_is_finite_at_both_ends(schedule):
     denoise, x = MixtureDenoiser(WORLD, schedule), start(schedule, 3)
-    for sampler, options in WAYS:
+    for sampler, options in WAYS + NOISY:
         for n in (1, 2, 3, 6):
             steps = list(sampler(denoise, x, schedule, schedule.times(n), **options))
             assert len(steps) == n and steps[-1].t == 0 and all(s.x.isfinite().all() and s.x.dtype == x.dtype for s in steps), (options, n)
@@ -266,7 +266,7 @@ def test_every_way_is_finite_at_both_ends(schedule):
 def test_every_way_arrives_at_the_same_points(schedule):
     denoise, x = MixtureDenoiser(WORLD, schedule), start(schedule, 20)
     goal = last(unipc, denoise, x, schedule, logsnr_times(schedule, 300, high=None), order=3).x
-    for sampler, options in [way for way in WAYS if "eta" not in way[1]][1::4]:
+    for sampler, options in WAYS[1::4]:
         off = (last(sampler, denoise, x, schedule, logsnr_times(schedule, 60, high=None), **options).x - goal).abs().max()
         assert off < (.2 if options["order"] == 1 else .05), (options, off)
 
@@ -296,7 +296,7 @@ def test_logsnr_times_end_at_five_unless_told_otherwise_and_never_below_the_sche
 
 def test_mistake_11_the_denoiser_is_asked_at_the_times_of_the_schedule():
     for schedule in (cosine_schedule(50), Straight(), Exploding()):
-        for sampler, options in WAYS[::3]:
+        for sampler, options in WAYS[::3] + NOISY:
             asked, times = [], logsnr_times(schedule, 6)
             def spy(x, t, cond):
                 asked.append(t)
