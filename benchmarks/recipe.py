@@ -110,7 +110,7 @@ def main() -> None:
         price = next((r["cost"] for r in rows if r["name"] == name), None) or cost(name, images)
         rows.append(row(name, seed, images, args.updates, args.n, price))
         print(rows[-1], flush=True)
-        command = f"python benchmarks/recipe.py --data_dir FOLDER --updates {args.updates} --out {args.out.name}"
+        command = f"python benchmarks/recipe.py --data_dir FOLDER --updates {args.updates}"
         write_json(args.out, dict(command=command, **said, recipe=RECIPE, rows=rows, machine=machine()))
 
 if __name__ == "__main__": main()
