@@ -16,8 +16,8 @@ from diffusion_book.edm import lognormal_times
 from diffusion_book.images import load_full_fashion, make_accelerator
 from diffusion_book.judge import draw_all
 from diffusion_book.metrics import Moments, frechet_distance, shipped_moments, views
-from diffusion_book.objective import Denoiser
-from diffusion_book.schedules import schedule_from_config
+from diffusion_book.objective import Denoiser, min_snr_weight, simple_loss
+from diffusion_book.schedules import like, schedule_from_config
 from diffusion_book.training import Run, find_optimizer, learning_rate, train, update
 from diffusion_book.unet import UNet
 from machine import machine, write_json
@@ -26,8 +26,16 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/"nbs"/"results"/"recipe.json"
 NET = "width", "blocks", "attention", "patch"       # settings of the network
 RECIPE = dict(width=(32, 64), blocks=1, attention=0, patch=2, schedule="cosine", predicts="v", times="even", optimizer="muon",
-              rate="falling", lr=2e-3, batch_size=128, decay=.9995)
-RATES = dict(falling=partial(learning_rate, hold=0.), held=learning_rate)
+              loss="plain", rate="falling", lr=2e-3, batch_size=128, decay=.9995, mirrored=False)
+RATES = dict(falling=partial(learning_rate, hold=0.), held=learning_rate, sudden=partial(learning_rate, hold=0., warmup=1))
+
+def min_snr_loss(denoise: Denoiser, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    "The plain loss, weighed as Hang et al. (2023) do, to the same mean weight."
+    every = denoise.schedule.times(1000)[:-1]
+    weight, mean = (min_snr_weight(at, denoise.schedule, denoise.predicts) for at in (t, every))
+    return like(weight/mean.mean(), x0).flatten()*simple_loss(denoise, x0, t, eps)
+
+LOSSES = dict(plain=simple_loss, min_snr=min_snr_loss)
 
 # name: what is changed
 ROWS = {
@@ -41,6 +49,7 @@ ROWS = {
     "rate held for 40 %": dict(rate="held"),
     "batch of 64, rate held for 40 %": dict(batch_size=64, rate="held"),
     "batch of 64, rate held, width 48, 96": dict(batch_size=64, rate="held", width=(48, 96)),
+    "batch of 64, rate held and doubled, width 48, 96": dict(batch_size=64, rate="held", lr=4e-3, width=(48, 96)),
     "rate doubled": dict(lr=4e-3),
     "times normal in ln sigma": dict(times="lognormal"),
     "predicting eps": dict(predicts="eps"),
@@ -51,6 +60,10 @@ ROWS = {
     "width 24, 48": dict(width=(24, 48)),
     "rate halved": dict(lr=1e-3),
     "two blocks a level": dict(blocks=2),
+    "weighed by min-SNR": dict(loss="min_snr"),
+    "averaged a tenth as long": dict(decay=.995),
+    "no warm-up": dict(rate="sudden"),
+    "pictures mirrored": dict(mirrored=True),
 }
 
 def fresh(changes: dict, seed: int) -> tuple[Denoiser, dict]:
@@ -59,7 +72,8 @@ def fresh(changes: dict, seed: int) -> tuple[Denoiser, dict]:
     torch.manual_seed(seed)
     denoise = Denoiser(UNet(**{k: said[k] for k in NET}), schedule_from_config({"name": said["schedule"]}), said["predicts"], (-1, 1))
     draw_times = lognormal_times(denoise.schedule, -.75, 1.25) if said["times"] == "lognormal" else None
-    return denoise, dict(batch_size=said["batch_size"], lr=said["lr"], decay=said["decay"], draw_times=draw_times, optimizer=find_optimizer(said["optimizer"]))
+    return denoise, dict(batch_size=said["batch_size"], lr=said["lr"], decay=said["decay"], draw_times=draw_times, loss=LOSSES[said["loss"]],
+                         optimizer=find_optimizer(said["optimizer"]))
 
 def cost(name: str, images: torch.Tensor, rounds: int = 9) -> float:
     "Processor time of an update over that of the recipe: the median of rounds in which each makes one."
@@ -75,6 +89,7 @@ def cost(name: str, images: torch.Tensor, rounds: int = 9) -> float:
 def trained(images: torch.Tensor, name: str, seed: int, updates: int) -> Denoiser:
     "A denoiser with averaged weights."
     denoise, how = fresh(ROWS[name], seed)
+    if (RECIPE | ROWS[name])["mirrored"]: images = torch.cat([images, images.flip(-1)])
     run = train(denoise, images, steps=updates, seed=seed, device="cpu", progress=False, rate=RATES[(RECIPE | ROWS[name])["rate"]], **how)
     denoise = Denoiser(run.ema.net.eval(), denoise.schedule, denoise.predicts, denoise.clip)
     denoise.card = dict(size=images.shape[1:])

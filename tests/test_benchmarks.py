@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"benchmarks"))
@@ -73,6 +74,18 @@ def test_every_sampler_of_the_figure_keeps_to_its_budget(name):
         x, calls, _ = samplers.draw(name, budget, n=2, seed=0, batch=2)
         assert x.shape == (2, 1, 28, 28) and x.isfinite().all()
         assert budget - 1 <= calls <= budget, f"{calls} evaluations for a budget of {budget}"
+
+def test_weighing_by_min_snr_moves_no_loss_on_average():
+    "Over all whole times the weights have mean 1, and they are min-SNR's (gamma 5) up to that factor."
+    denoise, _ = recipe.fresh({}, 0)
+    x0, eps = torch.randn(2, 1000, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.arange(1, 1001)
+    with torch.no_grad(): plain, weighed = (loss(denoise, x0, t, eps) for loss in (recipe.LOSSES["plain"], recipe.LOSSES["min_snr"]))
+    weight, snr = weighed/plain, (denoise.schedule.signal(t)/denoise.schedule.noise(t))**2
+    assert abs(weight.mean() - 1) < 1e-4
+    expected = snr.clamp(max=5)/(snr + 1)
+    torch.testing.assert_close(weight, (expected/expected.mean()).float(), rtol=1e-3, atol=1e-6)
+
 
 def test_recipe_gives_every_row_its_price_and_score(tmp_path, monkeypatch):
     monkeypatch.setitem(recipe.RECIPE, "width", (8, 16))
