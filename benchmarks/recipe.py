@@ -6,7 +6,7 @@ DPM-Solver++ (2M) and notes the Frechet classifier distance to the 10,000 test i
 One row: `python benchmarks/recipe.py --data_dir FOLDER --only "AdamW instead of Muon" --seeds 0`. Writes nbs/results/recipe.json; what is there is not made again.
 """
 import argparse, json, statistics, time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from diffusion_book.images import load_full_fashion, make_accelerator
 from diffusion_book.judge import draw_all
 from diffusion_book.metrics import Moments, frechet_distance, shipped_moments, views
 from diffusion_book.objective import Denoiser, min_snr_weight, simple_loss
-from diffusion_book.schedules import like, schedule_from_config
+from diffusion_book.schedules import Schedule, schedule_from_config
 from diffusion_book.training import Run, find_optimizer, learning_rate, train, update
 from diffusion_book.unet import UNet
 from machine import machine, write_json
@@ -29,11 +29,15 @@ RECIPE = dict(width=(32, 64), blocks=1, attention=0, patch=2, schedule="cosine",
               loss="plain", rate="falling", lr=2e-3, batch_size=128, decay=.9995, mirrored=False)
 RATES = dict(falling=partial(learning_rate, hold=0.), held=learning_rate, sudden=partial(learning_rate, hold=0., warmup=1))
 
+@cache
+def mean_min_snr(schedule: Schedule, predicts: str) -> torch.Tensor:
+    "The weight that whole times have on average."
+    return min_snr_weight(schedule.times(1000)[:-1], schedule, predicts).mean()
+
 def min_snr_loss(denoise: Denoiser, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     "The plain loss, weighed as Hang et al. (2023) do, to the same mean weight."
-    every = denoise.schedule.times(1000)[:-1]
-    weight, mean = (min_snr_weight(at, denoise.schedule, denoise.predicts) for at in (t, every))
-    return like(weight/mean.mean(), x0).flatten()*simple_loss(denoise, x0, t, eps)
+    weight = min_snr_weight(t, denoise.schedule, denoise.predicts)/mean_min_snr(denoise.schedule, denoise.predicts)
+    return weight.to(x0)*simple_loss(denoise, x0, t, eps)
 
 LOSSES = dict(plain=simple_loss, min_snr=min_snr_loss)
 

@@ -11,7 +11,7 @@ from diffusers import LCMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_book.consistency import ConsistencyLoss, consistency, doubling, follow, pseudo_huber
+from diffusion_book.consistency import ConsistencyLoss, consistency, doubling, follow, matching_loss, pseudo_huber
 from diffusion_book.ddim import CountCalls, ddim
 from diffusion_book.dpm_solver import dpm_solver
 from diffusion_book.ideal import GaussianMixture, MixtureDenoiser
@@ -256,25 +256,17 @@ def test_kept_walks_are_the_books_solver_but_for_clipping(seed):
     assert (torch.stack(tool.walk(denoise, x)[1:-1]) - torch.stack(theirs[:-1])).abs().max() > 1e-3
 
 
-def matching(teacher, own, seed=0):
-    "The tool's comparison of two denoisers, on pictures of one pixel."
-    tool = shipping()
-    match = tool.Match.__new__(tool.Match)
-    match.teacher, match.own, match.g = on_pixels(teacher), on_pixels(own), rng(seed)
-    return match
-
-
-def on_pixels(denoise):
-    def f(xt, t): return denoise(xt.flatten(1), t).view_as(xt)
-    f.schedule = denoise.schedule
-    return f
-
-
 def test_alike_denoisers_say_no_way_and_others_the_way_from_teacher_to_own():
-    x = torch.randn(100, 1, 1, 1, generator=rng(1), dtype=torch.float64)
-    assert (matching(gaussian(COSINE), gaussian(COSINE)).away(x) == 0).all()
+    x = torch.randn(100, 1, generator=rng(1), dtype=torch.float64, requires_grad=True)
+    def way(own): return torch.autograd.grad(matching_loss(x, own, gaussian(COSINE), COSINE, rng()), x)[0]
+    assert (way(gaussian(COSINE)) == 0).all()
     for mean in (-1., 2.):
-        assert (matching(gaussian(COSINE), gaussian(COSINE, mean)).away(x)*(mean - .5) > 0).all()
+        assert (way(gaussian(COSINE, mean))*(mean - .5) > 0).all()
+
+
+def test_matching_asks_denoisers_for_every_number():
+    with pytest.raises(ValueError, match="wanted x's"):
+        matching_loss(torch.zeros(4, 2), lambda x, t, cond: x[:1], lambda x, t, cond: x, COSINE, rng())
 
 
 def test_following_the_way_moves_a_gaussian_onto_the_teachers():
@@ -284,10 +276,10 @@ def test_following_the_way_moves_a_gaussian_onto_the_teachers():
     opt, g = torch.optim.Adam([shift, spread], .01), rng(3)
     for k in range(1000):
         for group in opt.param_groups: group["lr"] = .01*(1 - k/1000)
-        x = shift + spread.exp()*torch.randn(200, 1, 1, 1, generator=g, dtype=torch.float64)
-        match = matching(gaussian(COSINE), gaussian(COSINE, shift.item(), spread.exp().item()), seed=k)
+        x = shift + spread.exp()*torch.randn(200, 1, generator=g, dtype=torch.float64)
+        own = gaussian(COSINE, shift.item(), spread.exp().item())
         opt.zero_grad()
-        match.loss(x).backward()
+        matching_loss(x, own, gaussian(COSINE), COSINE, rng(k)).backward()
         opt.step()
     assert abs(shift.item() - .5) < .05 and abs(spread.exp().item() - .5) < .05
 
@@ -298,11 +290,11 @@ def test_an_update_with_and_without_matching():
     student = tool.copy_of(teacher)
     student.clip = None
     walks = torch.randn(8, len(tool.KEPT), 1, 28, 28, generator=rng()).half()
-    match, opt = tool.Match(teacher, 1e-3, rng(2)), torch.optim.SGD(student.net.parameters())
+    match, opt = tool.Match(teacher, rng(2)), torch.optim.SGD(student.net.parameters())
     for matching in (False, True):
         nets = student.net, match.own.net, teacher.net
         before = [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in nets]
-        said = tool.update(student, opt, match, walks, 8, 1e-3, 1., matching)
+        said = tool.update(student, opt, match, walks, 8, 1e-3, matching)
         after = [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in nets]
         assert len(said) == 1 + matching and all(map(math.isfinite, said))
         assert [not torch.equal(a, b) for a, b in zip(before, after)] == [True, matching, False]

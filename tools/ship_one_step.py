@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffusion_book.consistency import consistency, pseudo_huber
+from diffusion_book.consistency import consistency, matching_loss, pseudo_huber
 from diffusion_book.images import fill, read_tensors, write_tensors
 from diffusion_book.judge import draw_all
 from diffusion_book.metrics import Moments, frechet_distance, shipped_moments, views
@@ -96,32 +96,24 @@ def draw_new(walks: Tensor, schedule, n: int, g: torch.Generator) -> tuple[Tenso
 
 
 class Match:
-    """Which way the pupil's answers differ from the teacher's pictures, as sets (Yin et al. 2024, eq. 7 and 8).
+    """Matches the pupil's answers, as a set, to the teacher's pictures (Yin et al. 2024).
 
     `own` is a denoiser of the pupil's answers: a copy of the teacher that learns beside the pupil.
     """
-    def __init__(self, teacher, lr: float, g: torch.Generator):
-        self.teacher, self.own, self.lr, self.g = teacher, copy_of(teacher), lr, g
-        self.opt = OPTIMIZER(self.own.net.parameters(), lr)
+    def __init__(self, teacher, g: torch.Generator):
+        self.teacher, self.own, self.g = teacher, copy_of(teacher), g
+        self.opt = OPTIMIZER(self.own.net.parameters())
 
-    def update(self, drawn: Tensor, share: float) -> float:
-        "One update of the pupil's own denoiser, at `share` of its learning rate."
+    def update(self, drawn: Tensor, lr: float) -> float:
+        "One update of the pupil's own denoiser."
         t = self.own.schedule.random_times(len(drawn), self.g)
         loss = simple_loss(self.own, drawn.detach(), t, generator=self.g).mean()
-        descend(self.own.net, self.opt, loss, self.lr*share)
+        descend(self.own.net, self.opt, loss, lr)
         return loss.item()
 
-    @torch.no_grad()
-    def away(self, drawn: Tensor) -> Tensor:
-        "What the two denoisers say of the answers, noised anew: their difference, over how far the teacher's is away."
-        t = self.own.schedule.T*(.02 + .96*torch.rand(len(drawn), generator=self.g, dtype=torch.float64))
-        xt, _ = noise_to(drawn, t, self.own.schedule, generator=self.g)
-        theirs = self.teacher(xt, t)
-        return (self.own(xt, t) - theirs)/(drawn - theirs).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
-
     def loss(self, drawn: Tensor) -> Tensor:
-        "Its value says nothing; its gradient in the answers is `away`."
-        return (self.away(drawn.detach())*drawn).mean()
+        "What moves the answers towards the teacher's."
+        return matching_loss(drawn, self.own, self.teacher, self.own.schedule, self.g)
 
 
 def copy_of(denoise):
@@ -140,17 +132,17 @@ def descend(net: nn.Module, opt: torch.optim.Optimizer, loss: Tensor, lr: float)
     opt.step()
 
 
-def update(student, opt, match: Match, walks: Tensor, n: int, lr: float, share: float, matching: bool) -> list[float]:
+def update(student, opt, match: Match, walks: Tensor, n: int, lr: float, matching: bool) -> list[float]:
     "One update; gives the distance to the ends and, if sets are matched, the loss of the own denoiser."
     if not matching:
         xt, t, end = draw(walks, student.schedule, n, match.g)
         distance = pseudo_huber(student(xt, t), end).mean()/end.shape[-1]
-        descend(student.net, opt, distance, lr*share)
+        descend(student.net, opt, distance, lr)
         return [distance.item()]
     (xt, t, end), (new, s) = draw(walks, student.schedule, n//2, match.g), draw_new(walks, student.schedule, n//2, match.g)
     drawn, new = student(torch.cat([xt, new]), torch.cat([t, s])).chunk(2)
-    distance, own = pseudo_huber(drawn, end).mean()/end.shape[-1], match.update(new, share)
-    descend(student.net, opt, DISTANCE*distance + match.loss(new), lr*share)
+    distance, own = pseudo_huber(drawn, end).mean()/end.shape[-1], match.update(new, lr)
+    descend(student.net, opt, DISTANCE*distance + match.loss(new), lr)
     return [distance.item(), own]
 
 
@@ -163,11 +155,12 @@ def teach(student, teacher, walks: Tensor, minutes: float, match_from: float, ou
         fill(student.net, weights, path)
         step, before = notes["step"], notes["seconds"]
     g, start, saved, first = torch.Generator().manual_seed(seed + step), time.process_time(), before, step
-    ema, opt, match = EMA(student.net, .999), OPTIMIZER(student.net.parameters(), lr), Match(teacher, lr/2, g)
+    ema, opt, match = EMA(student.net, .999), OPTIMIZER(student.net.parameters()), Match(teacher, g)
     while (seconds := before + time.process_time() - start) < 60*minutes:
         progress = seconds/(60*minutes)
-        matching, share = progress >= match_from, learning_rate(progress, step - first, 1.)
-        now = update(student, opt, match, walks, batch_size, lr/2 if matching else lr, share, matching)
+        matching = progress >= match_from
+        rate = learning_rate(progress, step - first, lr/2 if matching else lr)
+        now = update(student, opt, match, walks, batch_size, rate, matching)
         ema.update(student.net)
         step += 1
         means[:len(now)] = [m + .01*(v - m) for m, v in zip(means, now)]
